@@ -1,0 +1,47 @@
+"""tokenfuse: visual-token compression for video-language models, training-free and model-agnostic."""
+
+from __future__ import annotations
+
+from tokenfuse.adapters.base import Adapter
+from tokenfuse.config import load_strategy, strategy
+from tokenfuse.engine import CompressedInputs, compress
+from tokenfuse.errors import TokenFuseError
+from tokenfuse.hookspecs import hookimpl
+from tokenfuse.plan import FusionPlan
+from tokenfuse.registry import Registered, registry
+from tokenfuse.report import Report
+from tokenfuse.session import Session, attach
+from tokenfuse.strategies.base import Compressed, Strategy
+from tokenfuse.tokens import VisualTokens
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "Compressed",
+    "CompressedInputs",
+    "FusionPlan",
+    "Registered",
+    "Report",
+    "Session",
+    "Strategy",
+    "TokenFuseError",
+    "VisualTokens",
+    "adapters",
+    "attach",
+    "compress",
+    "hookimpl",
+    "load_strategy",
+    "strategies",
+    "strategy",
+]
+
+
+def strategies() -> dict[str, Registered[Strategy]]:
+    """Every registered strategy by name, with the distribution that brought it."""
+    return dict(registry().strategies)
+
+
+def adapters() -> dict[str, Registered[Adapter]]:
+    """Every registered adapter by name, with the distribution that brought it."""
+    return dict(registry().adapters)

@@ -1,0 +1,186 @@
+"""``compress``: a model's inputs in, shorter inputs for the same model out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tokenfuse.adapters.base import Adapter, Encoded, Plans
+from tokenfuse.config import StrategyLike, load_strategy
+from tokenfuse.errors import PromptError, UnsupportedModelError
+from tokenfuse.plan import FusionPlan
+from tokenfuse.realign import PaddingSide
+from tokenfuse.registry import Registry, registry
+from tokenfuse.report import ItemReport, Report, kv_cache_bytes, prefill_flops, versions
+from tokenfuse.strategies.base import Strategy
+from tokenfuse.timing import Stopwatch
+from tokenfuse.tokens import Modality
+
+
+class CompressedInputs(dict[str, Any]):
+    """Keyword arguments for ``model.generate`` or ``model(...)``, with ``report`` and ``plans``."""
+
+    report: Report
+    plans: dict[Modality, list[FusionPlan]]
+
+
+def compress(
+    model: Any,
+    inputs: Mapping[str, Any],
+    strategy: StrategyLike,
+    *,
+    padding_side: PaddingSide | None = None,
+    among: Registry | None = None,
+) -> CompressedInputs:
+    """Encode the images and videos of ``inputs``, compress them, and return the shorter inputs.
+
+    ``inputs`` are the processor's; ``strategy`` is a name, a preset, a YAML file, a mapping or a
+    Strategy. Rows are padded again on the side on which they were padded, left where they were not;
+    ``padding_side`` overrides that. Use the result once: ``model.generate(**short)``. Slice the
+    answer by ``short["input_ids"]``. A prompt without images or videos comes back as it was, and
+    ``report.reason`` says so. The model gets the rope delta that a later turn needs; nothing else in
+    it changes. Gradients are recorded only while the model trains.
+
+    Raises ConfigError, UnsupportedModelError, PromptError or TokensError.
+    """
+    found = among or registry()
+    return compress_with(
+        found.adapter(model), inputs, load_strategy(strategy, among=found), padding_side, found
+    )
+
+
+def compress_with(
+    adapter: Adapter,
+    inputs: Mapping[str, Any],
+    strategy: Strategy,
+    padding_side: PaddingSide | None,
+    found: Registry,
+) -> CompressedInputs:
+    """``compress`` with the adapter and the strategy at hand."""
+    _refuse_unmet_needs(adapter, strategy)
+    ids = inputs.get("input_ids")
+    if ids is None or ids.ndim != 2:
+        raise PromptError(
+            "inputs hold no input_ids of shape (B, L); expected the processor's output, "
+            "not inputs_embeds"
+        )
+    if not adapter.has_visuals(inputs):
+        return _unchanged(adapter, inputs, strategy, found)
+    watch = Stopwatch(ids.device)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and adapter.model.training):
+        encoded = adapter.encode(inputs)
+        watch.lap()
+        plans = _plan(encoded, strategy, found)
+        fused = {part.modality: adapter.fuse(part, plans[part.modality], strategy) for part in encoded}
+        watch.lap()
+    prompt, new = adapter.realign(inputs, encoded, plans, strategy.positions, padding_side)
+    watch.lap()
+    read = {name for part in encoded for name in adapter.encoder_inputs(inputs, part.modality)}
+    rest = {name: value for name, value in inputs.items() if name not in read}
+    short = CompressedInputs({**rest, **prompt, "mm_encoder_outputs": fused})
+    short.plans = plans
+    after = new.valid.sum(-1)
+    before = after + new.removed
+    short.report = _report(
+        adapter, strategy, encoded, plans, before.tolist(), after.tolist(), watch.read()
+    )
+    found.observe("tokenfuse_compressed", report=short.report)
+    return short
+
+
+def _refuse_unmet_needs(adapter: Adapter, strategy: Strategy) -> None:
+    if strategy.stage != "pre_llm":
+        raise UnsupportedModelError(
+            f"strategy {strategy.name} acts at stage {strategy.stage}; compress and attach act at "
+            "pre_llm: choose a pre_llm strategy"
+        )
+    unmet = strategy.needs - adapter.supplies
+    if unmet:
+        raise UnsupportedModelError(
+            f"strategy {strategy.name} needs {', '.join(sorted(unmet))}, which adapter "
+            f"{adapter.name} does not supply: choose a strategy that needs features only"
+        )
+
+
+def _plan(
+    encoded: list[Encoded], strategy: Strategy, found: Registry
+) -> dict[Modality, list[FusionPlan]]:
+    plans: dict[Modality, list[FusionPlan]] = {}
+    for part in encoded:
+        plans[part.modality] = []
+        for tokens in part.items:
+            plan = strategy.plan(tokens)
+            plan.check(tokens.num_tokens)
+            found.observe("tokenfuse_planned", tokens=tokens, plan=plan, strategy=strategy)
+            plans[part.modality].append(plan)
+    return plans
+
+
+def _unchanged(
+    adapter: Adapter, inputs: Mapping[str, Any], strategy: Strategy, found: Registry
+) -> CompressedInputs:
+    same = CompressedInputs(inputs)
+    same.plans = {}
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+    lengths = mask.sum(-1).tolist()
+    same.report = _report(adapter, strategy, [], {}, lengths, lengths, [0.0, 0.0, 0.0])
+    found.observe("tokenfuse_compressed", report=same.report)
+    return same
+
+
+def _report(
+    adapter: Adapter,
+    strategy: Strategy,
+    encoded: list[Encoded],
+    plans: Plans,
+    before: list[int],
+    after: list[int],
+    laps: list[float],
+) -> Report:
+    config = adapter.model.config.get_text_config()
+    element = torch.empty(0, dtype=adapter.model.dtype).element_size()
+    items, matching = [], 0
+    for part in encoded:
+        for tokens, plan in zip(part.items, plans[part.modality], strict=True):
+            matching += strategy.matching_flops(tokens.grid, tokens.features.shape[-1])
+            items.append(
+                ItemReport(
+                    modality=part.modality,
+                    grid=tokens.grid,
+                    tokens_before=plan.num_source,
+                    tokens_after=plan.num_kept,
+                    frame_tokens_after=plan.frame_counts(tokens.grid).tolist(),
+                )
+            )
+    return Report(
+        strategy=strategy.describe(),
+        adapter=adapter.name,
+        items=items,
+        reason=_reason(items),
+        prompt_before=before,
+        prompt_after=after,
+        matching_flops=matching,
+        prefill_flops_before=prefill_flops(config, before),
+        prefill_flops_after=prefill_flops(config, after),
+        kv_cache_bytes_before=kv_cache_bytes(config, before, element),
+        kv_cache_bytes_after=kv_cache_bytes(config, after, element),
+        encode_ms=laps[0],
+        plan_ms=laps[1],
+        realign_ms=laps[2],
+        versions=versions(),
+    )
+
+
+def _reason(items: list[ItemReport]) -> str | None:
+    if not items:
+        return "the prompt has no image or video"
+    if all(item.tokens_after == item.tokens_before for item in items):
+        kinds = {item.modality for item in items}
+        if all(item.grid[0] == 1 for item in items):
+            return f"one frame only in each {' and '.join(sorted(kinds))}: nothing to compare it with"
+        return "the strategy kept every token"
+    return None
+

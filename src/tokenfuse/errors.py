@@ -1,0 +1,71 @@
+"""Every error that tokenfuse raises on purpose.
+
+TokenFuseError
+├── ConfigError (ValueError)          an option, key or YAML file is wrong
+│   └── UnknownNameError (KeyError)   no strategy or adapter of that name
+├── PluginError (ValueError)          a plugin registers something that cannot be used
+├── TokensError (ValueError)          features, grid or coordinates do not fit together
+├── PlanError (ValueError)            a plan is not a valid plan for its tokens
+├── PromptError (ValueError)          a prompt does not fit its visual features
+├── UnsupportedModelError (TypeError) no adapter matches the model, or the adapter lacks something
+├── AttachError (RuntimeError)        attach() is used on a model that is already attached
+└── VideoError (ValueError)           a file cannot be read as a video
+
+A message names what was given, what was expected and how to mend it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TokenFuseError(Exception):
+    """Base of all errors of tokenfuse."""
+
+
+class ConfigError(TokenFuseError, ValueError):
+    """An option, key or YAML file is wrong."""
+
+
+class UnknownNameError(ConfigError, KeyError):
+    """No strategy or adapter of that name is registered."""
+
+    # KeyError would show the message as a quoted repr.
+    __str__ = Exception.__str__
+
+
+class PluginError(TokenFuseError, ValueError):
+    """A plugin registers something that cannot be used."""
+
+
+class TokensError(TokenFuseError, ValueError):
+    """Features, grid or coordinates do not fit together, or hold NaN or Inf."""
+
+
+class PlanError(TokenFuseError, ValueError):
+    """A plan is not a valid plan for its tokens."""
+
+
+class PromptError(TokenFuseError, ValueError):
+    """A prompt does not fit its visual features."""
+
+
+class UnsupportedModelError(TokenFuseError, TypeError):
+    """No adapter matches the model, or the adapter lacks what a strategy needs."""
+
+
+class AttachError(TokenFuseError, RuntimeError):
+    """``attach`` is used on a model that is already attached."""
+
+
+class VideoError(TokenFuseError, ValueError):
+    """A file cannot be read as a video."""
+
+
+def did_you_mean(given: str, valid: Iterable[str]) -> str:
+    """``'did you mean "x"? '`` for the nearest valid name, or nothing, then all valid names."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(given, names, n=1)
+    hint = f'did you mean "{near[0]}"? ' if near else ""
+    return f"{hint}valid: {', '.join(names) or 'none'}"

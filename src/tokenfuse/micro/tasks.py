@@ -1,0 +1,238 @@
+"""Synthetic video questions: a seeded, deterministic generator.
+
+A clip is a textured background, sensor noise and one of three scenes:
+
+- ``motion``: one object crosses the picture, a mark flashes in one quadrant
+  (questions ``color``, ``shape``, ``direction``, ``flash``);
+- ``order``: two still objects of different colours appear one after the other,
+  and a mark flashes (``order``, ``flash``);
+- ``count``: one to four still objects, and a mark flashes (``count``, ``flash``).
+
+The mark is visible for exactly one temporal patch. The same ``(split, seed, patches)``
+always renders the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+Task = Literal["color", "shape", "direction", "flash", "order", "count"]
+Scene = Literal["motion", "order", "count"]
+Split = Literal["train", "test"]
+
+TASKS: tuple[Task, ...] = get_args(Task)
+SCENES: tuple[Scene, ...] = get_args(Scene)
+SCENE_OF: dict[Task, Scene] = {
+    "color": "motion",
+    "shape": "motion",
+    "direction": "motion",
+    "flash": "motion",
+    "order": "order",
+    "count": "count",
+}
+
+SIZE = 96
+FRAMES_PER_PATCH = 2
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (225, 35, 35),
+    "green": (30, 190, 50),
+    "blue": (45, 70, 235),
+    "yellow": (240, 225, 40),
+    "purple": (170, 40, 200),
+    "cyan": (40, 215, 225),
+}
+SHAPES = ("square", "diamond", "cross")
+DIRECTIONS: dict[str, tuple[int, int]] = {
+    "left": (-1, 0),
+    "right": (1, 0),
+    "up": (0, -1),
+    "down": (0, 1),
+}
+QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
+COUNTS = ("one", "two", "three", "four")
+QUESTIONS: dict[Task, tuple[str, ...]] = {
+    "color": ("What color is the moving object?",),
+    "shape": ("What shape is the moving object?",),
+    "direction": ("In which direction does the object move?",),
+    "flash": ("In which corner does the mark flash?",),
+    "order": ("Which color appears first?", "Which color appears last?"),
+    "count": ("How many objects are there?",),
+}
+ANSWERS: dict[Task, tuple[str, ...]] = {
+    "color": tuple(COLORS),
+    "shape": SHAPES,
+    "direction": tuple(DIRECTIONS),
+    "flash": QUADRANTS,
+    "order": tuple(COLORS),
+    "count": COUNTS,
+}
+
+Float = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Question:
+    task: Task
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Clip:
+    """``frames``: uint8 ``(F, 96, 96, 3)`` RGB with ``F = 2 * patches``; ``fps`` in frames per second."""
+
+    frames: npt.NDArray[np.uint8]
+    fps: float
+    scene: Scene
+    questions: tuple[Question, ...]
+
+
+def make_clip(
+    seed: int,
+    *,
+    patches: int = 8,
+    scene: Scene | None = None,
+    split: Split = "train",
+) -> Clip:
+    """Render one clip of ``patches`` temporal patches (two frames each)."""
+    rng = np.random.default_rng([("train", "test").index(split), patches, seed])
+    if scene is None:
+        scene = SCENES[rng.integers(len(SCENES))]
+    frames = FRAMES_PER_PATCH * patches
+    video = np.broadcast_to(_background(rng), (frames, SIZE, SIZE, 3)).copy()
+    questions = list(_SCENES[scene](rng, video, patches))
+    questions.append(_flash(rng, video, patches))
+    sigma = rng.uniform(3, 9)
+    video += np.float32(sigma) * rng.standard_normal(video.shape, dtype=np.float32)
+    pixels = np.clip(video, 0, 255).astype(np.uint8)
+    return Clip(pixels, float(rng.choice((4.0, 8.0))), scene, tuple(questions))
+
+
+def questions_for(
+    task: Task, count: int, *, patches: int = 8, split: Split = "test", start: int = 0
+) -> Iterator[tuple[Clip, Question]]:
+    """``count`` clips with their question for ``task``, from consecutive seeds."""
+    for seed in range(start, start + count):
+        clip = make_clip(seed, patches=patches, scene=SCENE_OF[task], split=split)
+        asked = [q for q in clip.questions if q.task == task]
+        yield clip, asked[seed % len(asked)]
+
+
+def _background(rng: np.random.Generator) -> Float:
+    """Smooth blotches plus fine grain, ``(96, 96, 3)`` in 0..255."""
+    coarse = rng.uniform(-35, 35, (7, 7, 1)) + rng.uniform(-10, 10, (7, 7, 3))
+    at = np.linspace(0, 6, SIZE)
+    low = np.minimum(at.astype(int), 5)
+    part = (at - low)[:, None, None]
+    rows = coarse[low] * (1 - part) + coarse[low + 1] * part
+    rows = rows.transpose(1, 0, 2)
+    smooth = (rows[low] * (1 - part) + rows[low + 1] * part).transpose(1, 0, 2)
+    grain = rng.normal(0, 7, (SIZE, SIZE, 1))
+    return (rng.uniform(80, 135) + smooth + grain).astype(np.float32)
+
+
+_AXIS = np.arange(SIZE, dtype=np.float32) + 0.5
+
+
+def _paint(
+    video: Float,
+    shape: str,
+    color: tuple[int, int, int],
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
+    radius: float,
+) -> None:
+    """Draw a shape with soft edges into ``(F, 96, 96, 3)`` at centres ``x``, ``y`` of ``(F,)``, in place."""
+    cx = np.asarray(x, np.float32).reshape(-1, 1)
+    cy = np.asarray(y, np.float32).reshape(-1, 1)
+    reach = 1.25 * radius + 1
+    across = slice(max(0, int(cx.min() - reach)), int(cx.max() + reach) + 1)
+    down = slice(max(0, int(cy.min() - reach)), int(cy.max() + reach) + 1)
+    dx = np.abs(_AXIS[across] - cx)[:, None, :]
+    dy = np.abs(_AXIS[down] - cy)[:, :, None]
+    r = np.float32(radius)
+    if shape == "square":
+        inside = r - np.maximum(dx, dy)
+    elif shape == "diamond":
+        inside = (r * np.float32(1.25) - (dx + dy)) / np.float32(1.4)
+    elif shape == "cross":
+        bar = r * np.float32(0.38)
+        inside = np.maximum(np.minimum(r - dx, bar - dy), np.minimum(r - dy, bar - dx))
+    else:
+        raise ValueError(f"shape {shape!r} is not one of {SHAPES}")
+    alpha = np.clip(inside + np.float32(0.5), 0, 1)[..., None]
+    box = video[:, down, across]
+    box += alpha * (np.asarray(color, np.float32) - box)
+
+
+def _motion(rng: np.random.Generator, video: Float, patches: int) -> Iterator[Question]:
+    color = str(rng.choice(list(COLORS)))
+    shape = str(rng.choice(SHAPES))
+    direction = str(rng.choice(list(DIRECTIONS)))
+    radius = rng.uniform(9, 12)
+    length = rng.uniform(28, 50)
+    step = np.asarray(DIRECTIONS[direction], np.float64)
+    low = np.full(2, radius + 2) + length * (step < 0)
+    high = np.full(2, SIZE - radius - 2) - length * (step > 0)
+    start = rng.uniform(low, high)
+    path = start + np.linspace(0, length, 2 * patches)[:, None] * step
+    _paint(video, shape, COLORS[color], path[:, 0], path[:, 1], radius)
+    yield _ask("color", color)
+    yield _ask("shape", shape)
+    yield _ask("direction", direction)
+
+
+def _places(rng: np.random.Generator, count: int, radius: float) -> npt.NDArray[np.float64]:
+    """Centres of ``count`` objects that do not overlap, one per cell of a 3 × 3 layout."""
+    cells = rng.permutation(9)[:count]
+    corner = np.stack([cells % 3, cells // 3], 1) * (SIZE / 3)
+    slack = SIZE / 6 - radius - 1
+    places: npt.NDArray[np.float64] = corner + SIZE / 6 + rng.uniform(-slack, slack, (count, 2))
+    return places
+
+
+def _order(rng: np.random.Generator, video: Float, patches: int) -> Iterator[Question]:
+    first, last = (str(c) for c in rng.permutation(list(COLORS))[:2])
+    gap = max(1, patches // 4)
+    begins = int(rng.integers(0, patches - gap))
+    then = int(rng.integers(begins + gap, patches))
+    radius = rng.uniform(10, 13)
+    for color, patch, (x, y) in zip(
+        (first, last), (begins, then), _places(rng, 2, radius), strict=True
+    ):
+        shape = str(rng.choice(SHAPES))
+        _paint(video[FRAMES_PER_PATCH * patch :], shape, COLORS[color], x, y, radius)
+    yield Question("order", QUESTIONS["order"][0], first)
+    yield Question("order", QUESTIONS["order"][1], last)
+
+
+def _count(rng: np.random.Generator, video: Float, patches: int) -> Iterator[Question]:
+    count = int(rng.integers(1, 5))
+    radius = rng.uniform(9, 13)
+    for x, y in _places(rng, count, radius):
+        color = str(rng.choice(list(COLORS)))
+        _paint(video, str(rng.choice(SHAPES)), COLORS[color], x, y, radius)
+    yield _ask("count", COUNTS[count - 1])
+
+
+def _flash(rng: np.random.Generator, video: Float, patches: int) -> Question:
+    quadrant = int(rng.integers(4))
+    patch = int(rng.integers(patches))
+    x, y = rng.uniform(10, SIZE / 2 - 10, 2) + (SIZE / 2) * np.array([quadrant % 2, quadrant // 2])
+    lit = video[FRAMES_PER_PATCH * patch : FRAMES_PER_PATCH * (patch + 1)]
+    _paint(lit, "square", (0, 0, 0), x, y, 9)
+    _paint(lit, "square", (255, 255, 255), x, y, 6)
+    return _ask("flash", QUADRANTS[quadrant])
+
+
+def _ask(task: Task, answer: str) -> Question:
+    return Question(task, QUESTIONS[task][0], answer)
+
+
+_SCENES = {"motion": _motion, "order": _order, "count": _count}

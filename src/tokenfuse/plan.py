@@ -1,0 +1,157 @@
+"""Which tokens survive, and which survivor each removed token went into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokenfuse.errors import PlanError
+from tokenfuse.tokens import Grid
+
+Reduce = Literal["mean", "keep"]
+DROPPED = -1
+
+
+@dataclass(frozen=True, eq=False)
+class FusionPlan:
+    """What happens to each of ``N`` source tokens.
+
+    ``survivors``: ``(M,)`` long, strictly increasing source indices of the tokens that stay.
+    ``target``: ``(N,)`` long, the survivor slot in ``0..M-1`` that each source token belongs to,
+    or -1 where it was dropped.
+
+    Making and applying a plan never synchronises with the host; ``check`` does.
+    """
+
+    survivors: Int[Tensor, " M"]
+    target: Int[Tensor, " N"]
+
+    @classmethod
+    def identity(cls, n: int, device: torch.device | None = None) -> FusionPlan:
+        """The plan that keeps all ``n`` tokens."""
+        index = torch.arange(n, device=device)
+        return cls(index, index)
+
+    @classmethod
+    def from_survivors(cls, survivors: Int[Tensor, " M"], n: int) -> FusionPlan:
+        """The plan that keeps ``survivors`` (strictly increasing) of ``n`` tokens and drops the rest."""
+        target = torch.full((n,), DROPPED, dtype=torch.long, device=survivors.device)
+        slots = torch.arange(survivors.shape[0], device=survivors.device)
+        return cls(survivors, target.scatter(0, survivors, slots))
+
+    @classmethod
+    def from_roots(cls, survivors: Int[Tensor, " M"], roots: Int[Tensor, " N"]) -> FusionPlan:
+        """The plan in which source token ``i`` belongs to the survivor whose source index is ``roots[i]``."""
+        slots = cls.from_survivors(survivors, roots.shape[0]).target
+        return cls(survivors, slots[roots])
+
+    @property
+    def num_source(self) -> int:
+        return self.target.shape[0]
+
+    @property
+    def num_kept(self) -> int:
+        return self.survivors.shape[0]
+
+    @property
+    def keep_ratio(self) -> float:
+        """Survivors ÷ source tokens, in (0, 1]."""
+        return self.num_kept / self.num_source
+
+    @property
+    def is_identity(self) -> bool:
+        return self.num_kept == self.num_source
+
+    @cached_property
+    def sizes(self) -> Int[Tensor, " M"]:
+        """How many source tokens each survivor stands for, itself included."""
+        ones = torch.ones_like(self.target)
+        return self._sum(ones)
+
+    @cached_property
+    def keep_mask(self) -> Bool[Tensor, " N"]:
+        mask = torch.zeros(self.num_source, dtype=torch.bool, device=self.target.device)
+        return mask.index_fill(0, self.survivors, True)
+
+    def frame_counts(self, grid: Grid) -> Int[Tensor, " T"]:
+        """Survivors in each frame of ``grid``."""
+        t, h, w = grid
+        counts = torch.zeros(t, dtype=torch.long, device=self.survivors.device)
+        return counts.index_add(0, self.survivors // (h * w), torch.ones_like(self.survivors))
+
+    def select(self, x: Tensor) -> Tensor:
+        """The survivors' rows of ``x (N, ...)``, unchanged: ``(M, ...)``."""
+        return x if self.is_identity else x[self.survivors]
+
+    def fuse(self, x: Float[Tensor, "N D"], reduce: Reduce = "mean") -> Float[Tensor, "M D"]:
+        """One row per survivor: the mean of all that belong to it, or its own row.
+
+        The mean is accumulated in fp32 (fp64 for fp64) and returned in the dtype of ``x``.
+        """
+        if reduce == "keep" or self.is_identity:
+            return self.select(x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        total = self._sum(x.to(wide))
+        return (total / self.sizes.to(wide)[:, None]).to(x.dtype)
+
+    def expand(self, y: Tensor) -> Tensor:
+        """Undo the merge: every source position gets its survivor's row of ``y (M, ...)``, dropped ones 0."""
+        rows = y[self.target.clamp_min(0)]
+        kept = (self.target != DROPPED).view(-1, *[1] * (y.ndim - 1))
+        return torch.where(kept, rows, torch.zeros_like(rows))
+
+    def compose(self, then: FusionPlan) -> FusionPlan:
+        """This plan followed by ``then``, a plan for this plan's survivors, as one plan.
+
+        Raises PlanError if ``then`` is for another number of tokens.
+        """
+        if then.num_source != self.num_kept:
+            raise PlanError(
+                f"the second plan is for {then.num_source} tokens, the first leaves "
+                f"{self.num_kept}: make the second from the first one's survivors"
+            )
+        moved = then.target[self.target.clamp_min(0)]
+        target = torch.where(self.target == DROPPED, self.target, moved)
+        return FusionPlan(self.survivors[then.survivors], target)
+
+    def check(self, n: int) -> None:
+        """Raise PlanError unless this is a valid plan for ``n`` tokens. One host synchronisation."""
+        if self.survivors.ndim != 1 or self.target.ndim != 1 or self.num_source != n:
+            raise PlanError(
+                f"a plan has survivors {tuple(self.survivors.shape)} and target "
+                f"{tuple(self.target.shape)}; expected (M,) and ({n},)"
+            )
+        if self.num_kept == 0:
+            raise PlanError("a plan keeps no token; expected at least one survivor per item")
+        s, t, m = self.survivors, self.target, self.num_kept
+        slots = torch.arange(m, device=s.device)
+        rules = torch.stack(
+            [
+                (s >= 0).all() & (s < n).all(),
+                (s[1:] > s[:-1]).all(),
+                (t >= DROPPED).all() & (t < m).all(),
+                (t[s.clamp(0, n - 1)] == slots).all(),
+            ]
+        )
+        broken = [text for text, ok in zip(_RULES, rules.tolist(), strict=True) if not ok]
+        if broken:
+            raise PlanError(f"a plan for {n} tokens breaks its contract: {'; '.join(broken)}")
+
+    def _sum(self, x: Tensor) -> Tensor:
+        # Dropped tokens are added to one row too many, so that no mask is needed.
+        slot = torch.where(self.target == DROPPED, self.num_kept, self.target)
+        total = x.new_zeros((self.num_kept + 1, *x.shape[1:]))
+        return total.index_add_(0, slot, x)[:-1]
+
+
+_RULES = (
+    "survivors must lie in 0..N-1",
+    "survivors must be strictly increasing",
+    "targets must lie in -1..M-1",
+    "each survivor must be its own target",
+)

@@ -1,0 +1,85 @@
+"""Shorter prompts whose survivors stay where they were. Pure tensor functions.
+
+The rules: text survives in order; a survivor keeps its rope position; the first generated token
+gets the position that the uncompressed prompt gives it; a batch gives what each sample gives alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+PaddingSide = Literal["left", "right"]
+
+
+@dataclass(frozen=True, eq=False)
+class Realigned:
+    """Where the columns of a shorter prompt come from.
+
+    ``columns (B, L')``: the column of the uncompressed prompt. ``valid (B, L')``: whether it is
+    filled, not padding. ``removed (B,)``: how many tokens each row lost.
+    """
+
+    columns: Int[Tensor, "B M"]
+    valid: Bool[Tensor, "B M"]
+    removed: Int[Tensor, " B"]
+
+    @property
+    def length(self) -> int:
+        return self.columns.shape[1]
+
+    def take(self, x: Tensor, fill: int) -> Tensor:
+        """The surviving columns of ``x (..., B, L)``, padding set to ``fill``: ``(..., B, L')``."""
+        columns = self.columns.expand(*x.shape[:-1], -1)
+        return torch.where(self.valid, x.gather(-1, columns), fill)
+
+
+def padding_side(mask: Int[Tensor, "B L"]) -> PaddingSide:
+    """The side on which ``mask`` is padded; left, which generation needs, where nothing is. One sync."""
+    return "right" if bool((mask[:, -1:] == 0).any()) and bool((mask[:, :1] != 0).any()) else "left"
+
+
+def shorten(mask: Int[Tensor, "B L"], keep: Bool[Tensor, "B L"], side: PaddingSide) -> Realigned:
+    """Leave out the tokens that ``keep`` marks false, and pad rows again to a common length.
+
+    One host synchronisation, for the new length.
+    """
+    kept = mask.bool()
+    before = kept.sum(-1)
+    kept = kept & keep
+    counts = kept.sum(-1)
+    length = int(counts.max())
+    # A stable sort brings each row's survivors together in order.
+    if side == "left":
+        columns = torch.argsort(kept.to(torch.uint8), dim=-1, stable=True)[:, -length:]
+        valid = torch.arange(length, device=mask.device) >= (length - counts)[:, None]
+    else:
+        columns = torch.argsort(kept.logical_not().to(torch.uint8), dim=-1, stable=True)[:, :length]
+        valid = torch.arange(length, device=mask.device) < counts[:, None]
+    return Realigned(columns, valid, before - counts)
+
+
+def count_positions(mask: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """0, 1, 2, … over the valid tokens of each row; 0 at padding."""
+    return (mask.long().cumsum(-1) - 1).masked_fill(~mask, 0)
+
+
+def realign_positions(
+    positions: Int[Tensor, "... B L"], new: Realigned, policy: Literal["keep", "contiguous"]
+) -> Int[Tensor, "... B M"]:
+    """Rope positions of the shorter prompt from those of the uncompressed one.
+
+    ``positions`` is ``(B, L)`` (1-D rope), ``(3, B, L)`` (M-RoPE) or ``(4, B, L)``, whose first row
+    counts tokens for the causal mask and is counted anew. ``contiguous`` counts all rows anew.
+    """
+    counted = count_positions(new.valid)
+    if policy == "contiguous":
+        return counted.expand(*positions.shape[:-2], -1, -1).clone()
+    taken = new.take(positions, 0)
+    if positions.ndim == 3 and positions.shape[0] == 4:
+        taken[0] = counted
+    return taken

@@ -1,0 +1,158 @@
+"""What compression did to one prompt, and what it cost."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, computed_field
+
+from tokenfuse.tokens import Grid, Modality
+
+FLOPS_FORMULA = (
+    "multiply-adds, counted once: layers * (L * (2*h*q + 2*h*kv + 3*h*f) + L^2 * q), "
+    "L prompt length, h hidden, q and kv query and key width, f feed-forward width (active experts)"
+)
+
+
+class ItemReport(BaseModel):
+    """One image or video: its grid ``(T, H, W)`` and its tokens before and after, in all and per frame."""
+
+    model_config = ConfigDict(frozen=True)
+
+    modality: Modality
+    grid: Grid
+    tokens_before: int
+    tokens_after: int
+    frame_tokens_after: list[int]
+
+    @property
+    def frame_tokens_before(self) -> int:
+        return self.grid[1] * self.grid[2]
+
+
+class Report(BaseModel):
+    """Figures of one compressed prompt. Lengths are tokens, one per row of the batch.
+
+    ``prefill_flops_*`` and ``matching_flops`` are multiply-adds; ``flops_formula`` says how they are
+    counted. ``*_ms`` are measured wall-clock milliseconds of this call.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    strategy: dict[str, Any]
+    adapter: str
+    items: list[ItemReport]
+    reason: str | None = None
+    prompt_before: list[int]
+    prompt_after: list[int]
+    matching_flops: int = 0
+    prefill_flops_before: int
+    prefill_flops_after: int
+    flops_formula: str = FLOPS_FORMULA
+    kv_cache_bytes_before: int
+    kv_cache_bytes_after: int
+    encode_ms: float = 0.0
+    plan_ms: float = 0.0
+    realign_ms: float = 0.0
+    versions: dict[str, str]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def tokens_before(self) -> int:
+        return sum(item.tokens_before for item in self.items)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def tokens_after(self) -> int:
+        return sum(item.tokens_after for item in self.items)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def keep_ratio(self) -> float:
+        return self.tokens_after / self.tokens_before if self.tokens_before else 1.0
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def reduction(self) -> float:
+        return 1 - self.keep_ratio
+
+    @property
+    def overhead_ms(self) -> float:
+        """tokenfuse's own cost: what an uncompressed run does not spend."""
+        return self.plan_ms + self.realign_ms
+
+    def __str__(self) -> str:
+        lines = [
+            f"strategy      {self.strategy['strategy']} on {self.adapter}",
+            f"visual tokens {self.tokens_before} -> {self.tokens_after} ({self.reduction:.1%} removed)",
+            f"prompt        {_lengths(self.prompt_before)} -> {_lengths(self.prompt_after)} tokens",
+            f"KV cache      {size(self.kv_cache_bytes_before)} -> {size(self.kv_cache_bytes_after)}",
+            f"prefill       {flops(self.prefill_flops_before)} -> {flops(self.prefill_flops_after)}",
+            f"matching      {flops(self.matching_flops)} in {self.plan_ms:.1f} ms, "
+            f"realignment {self.realign_ms:.1f} ms",
+        ]
+        for i, item in enumerate(self.items):
+            frames = " ".join(map(str, item.frame_tokens_after))
+            lines.append(
+                f"{item.modality} {i}: {item.tokens_before} -> {item.tokens_after}; of "
+                f"{item.frame_tokens_before} per frame: {frames}"
+            )
+        if self.reason:
+            lines.append(f"not compressed: {self.reason}")
+        return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the figures."""
+    import tokenfuse
+
+    own = {"tokenfuse": tokenfuse.__version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in ("torch", "transformers")}
+
+
+def prefill_flops(config: Any, lengths: Sequence[int]) -> int:
+    """Multiply-adds of the decoder over prompts of these lengths, by FLOPS_FORMULA."""
+    hidden, head = config.hidden_size, _head_dim(config)
+    q = config.num_attention_heads * head
+    kv = config.num_key_value_heads * head
+    experts = getattr(config, "num_experts_per_tok", None)
+    wide = config.moe_intermediate_size * experts if experts else config.intermediate_size
+    weights = 2 * hidden * q + 2 * hidden * kv + 3 * hidden * wide
+    layers: int = config.num_hidden_layers
+    return layers * sum(n * weights + n * n * q for n in lengths)
+
+
+def kv_cache_bytes(config: Any, lengths: Sequence[int], element_bytes: int) -> int:
+    """Bytes of keys and values that prompts of these lengths leave in the cache."""
+    per_token: int = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config)
+    return per_token * element_bytes * sum(lengths)
+
+
+def _head_dim(config: Any) -> int:
+    head = getattr(config, "head_dim", None)
+    return int(head or config.hidden_size // config.num_attention_heads)
+
+
+def _lengths(lengths: Sequence[int]) -> str:
+    return " + ".join(map(str, lengths))
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``1.2 MB``."""
+    return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
+
+
+def flops(count: float) -> str:
+    """FLOPs for people: ``0.16 GFLOPs``."""
+    return _scaled(count, ("FLOPs", "kFLOPs", "MFLOPs", "GFLOPs", "TFLOPs", "PFLOPs"))
+
+
+def _scaled(count: float, units: Sequence[str]) -> str:
+    for unit in units[:-1]:
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} {units[-1]}"

@@ -1,0 +1,123 @@
+"""The visual tokens of one image or video."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tokenfuse.errors import TokensError
+
+Grid = tuple[int, int, int]
+Modality = Literal["image", "video"]
+
+
+@dataclass(frozen=True, eq=False)
+class VisualTokens:
+    """The visual tokens that the LLM would read for one item, an image (``T = 1``) or a video.
+
+    ``features``: ``(N, D)``, any float dtype and device, in ``(t, h, w)`` order.
+    ``grid``: ``(T, H, W)`` after the spatial merge, ``N = T * H * W``.
+    ``coords``: ``(N, 3)`` long, the ``(t, h, w)`` of each token.
+    ``saliency``: ``(N,)`` float, non-negative, for strategies that need it.
+    ``text``: ``(n, D)`` prompt embeddings, for query-aware strategies.
+    ``timestamps``: ``(T,)`` seconds.
+
+    Raises TokensError where shapes or dtypes do not fit together.
+    """
+
+    features: Float[Tensor, "N D"]
+    grid: Grid
+    coords: Int[Tensor, "N 3"]
+    saliency: Float[Tensor, " N"] | None = None
+    text: Float[Tensor, "n D"] | None = None
+    timestamps: Float[Tensor, " T"] | None = None
+
+    def __post_init__(self) -> None:
+        t, h, w = self.grid
+        if min(t, h, w) < 1:
+            raise TokensError(f"grid {self.grid} has an empty axis; expected (T, H, W), each >= 1")
+        n = t * h * w
+        if self.features.ndim != 2 or not self.features.is_floating_point():
+            raise TokensError(
+                f"features are {self.features.dtype} of shape {tuple(self.features.shape)}; "
+                "expected a float tensor (N, D): flatten (T, H, W, D) first, or use from_grid"
+            )
+        expected = {"features": (n, None), "coords": (n, 3), "saliency": (n,), "timestamps": (t,)}
+        for field, shape in expected.items():
+            value = getattr(self, field)
+            if value is None:
+                continue
+            got = tuple(value.shape)
+            if len(got) != len(shape) or any(
+                e is not None and e != g for e, g in zip(shape, got, strict=True)
+            ):
+                raise TokensError(
+                    f"{field} has shape {got}; grid {self.grid} makes {n} tokens, "
+                    f"so expected {tuple('D' if e is None else e for e in shape)}: "
+                    "pass the grid after the spatial merge"
+                )
+
+    @classmethod
+    def from_grid(
+        cls,
+        features: Float[Tensor, "..."],
+        grid: Grid,
+        *,
+        saliency: Float[Tensor, " N"] | None = None,
+        text: Float[Tensor, "n D"] | None = None,
+        timestamps: Float[Tensor, " T"] | None = None,
+        check: bool = True,
+    ) -> VisualTokens:
+        """Tokens of a full grid from features ``(N, D)`` or ``(T, H, W, D)``.
+
+        ``check`` refuses NaN and Inf, which costs one host synchronisation.
+
+        Raises TokensError where the shape does not fit or a feature is not finite.
+        """
+        grid = (int(grid[0]), int(grid[1]), int(grid[2]))
+        if features.ndim == 4:
+            if tuple(features.shape[:3]) != grid:
+                raise TokensError(
+                    f"features have shape {tuple(features.shape)}, which is not grid {grid} "
+                    "and a width: pass (T, H, W, D)"
+                )
+            features = features.flatten(0, 2)
+        tokens = cls(
+            features, grid, grid_coords(grid, features.device), saliency, text, timestamps
+        )
+        if check:
+            tokens.check_finite()
+        return tokens
+
+    def check_finite(self) -> None:
+        """Raise TokensError if a feature is NaN or Inf. One host synchronisation."""
+        if bool(torch.isfinite(self.features).all()):
+            return
+        bad = (~torch.isfinite(self.features)).any(-1).nonzero().flatten()
+        t, h, w = self.coords[bad[0]].tolist()
+        kind = "NaN" if bool(self.features[bad[0]].isnan().any()) else "Inf"
+        raise TokensError(
+            f"features hold {kind} in {len(bad)} of {self.num_tokens} tokens, first at "
+            f"frame {t}, row {h}, column {w}; expected finite values: check the pixels and the "
+            "vision tower's dtype (fp16 overflows where bf16 does not)"
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.features.shape[0]
+
+    @property
+    def frames(self) -> Float[Tensor, "T H W D"]:
+        """The features as ``(T, H, W, D)``, a view."""
+        return self.features.view(*self.grid, -1)
+
+
+def grid_coords(grid: Grid, device: torch.device | None = None) -> Int[Tensor, "N 3"]:
+    """``(t, h, w)`` of every cell of ``grid``, in that order, ``(N, 3)`` long."""
+    t, h, w = grid
+    index = torch.arange(t * h * w, device=device)
+    return torch.stack([index // (h * w), index // w % h, index % w], dim=-1)

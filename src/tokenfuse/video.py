@@ -1,0 +1,306 @@
+"""Video files in, RGB frames out: decoded by PyAV, sampled evenly in presentation time.
+
+A file is walked twice. The first walk reads packets only and learns when each frame is shown; the
+second decodes and turns only the chosen frames into RGB, so memory holds the sample, not the film.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+from av.codec.context import ThreadType
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from tokenfuse.errors import VideoError
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """Frames sampled from a video file, and when each of them is shown.
+
+    ``frames``: ``(F, H, W, 3)`` uint8, RGB, turned the way the file asks to be displayed.
+    ``indices``: ``F`` positions among the decoded frames of the file, strictly increasing.
+    ``fps``: mean frames per second of the file, from its first frame to its last.
+    ``total_frames``: frames in the file.
+    ``timestamps``: ``F`` presentation times in seconds; the first frame of the file is at 0.
+    ``duration``: seconds from the first frame to the end of the last.
+    """
+
+    frames: npt.NDArray[np.uint8]
+    indices: list[int]
+    fps: float
+    total_frames: int
+    timestamps: list[float]
+    duration: float
+
+    def processor_indices(self) -> list[int]:
+        """``F`` indices, never decreasing, that give ``timestamps`` when divided by ``fps``.
+
+        A processor computes times as index / fps, and at a varying frame rate ``indices`` would
+        mislead it; these are right to half a frame. At a constant rate the two are equal.
+        """
+        return list(accumulate((round(time * self.fps) for time in self.timestamps), max))
+
+
+def read_video(
+    path: str | Path,
+    *,
+    frames: int | None = None,
+    fps: float | None = None,
+    max_frames: int = 768,
+) -> Video:
+    """Decode a local video file (mp4, webm, avi, mov, ...; an image is one frame) and sample it.
+
+    ``frames``: that many, first to last, evenly over presentation time, whatever ``max_frames``
+    says; all of them, once each, where the file has fewer.
+    ``fps``: the frame nearest each 1/fps second, none twice, thinned evenly to ``max_frames``.
+    ``max_frames``: the most frames that ``fps``, or a call with neither, returns.
+
+    Raises VideoError where the request contradicts itself, or the file is missing, is not a video
+    or is damaged: a frame that does not decode, or a file shorter than its header says. Damage
+    that FFmpeg steps over without a sign (inside webm, the tail of mpegts) goes unnoticed.
+    """
+    path = Path(path)
+    _check(path, frames, fps, max_frames)
+    times = _packet_times(path)
+    chosen = _choose(times, frames, fps, max_frames)
+    images, decoded, rate, last = _decode(path, chosen)
+    if decoded != times:
+        # Packets mislead where they show nothing or are edited out; decoded frames do not.
+        del images
+        times = decoded
+        chosen = _choose(times, frames, fps, max_frames)
+        images, _, rate, last = _decode(path, chosen)
+    mean_fps = (len(times) - 1) / times[-1] if times[-1] > 0 else rate
+    shown = [times[index] for index in chosen]
+    return Video(images, chosen, mean_fps, len(times), shown, times[-1] + (last or 1 / mean_fps))
+
+
+def _check(path: Path, frames: int | None, fps: float | None, max_frames: int) -> None:
+    if frames is not None and fps is not None:
+        raise VideoError(
+            f"frames={frames} and fps={fps} are both given; expected one: leave the other out"
+        )
+    for name, count in (("frames", frames), ("max_frames", max_frames)):
+        if count is not None and count < 1:
+            raise VideoError(f"{name}={count}; expected 1 or more: leave it out for the default")
+    if fps is not None and not (isfinite(fps) and fps > 0):
+        raise VideoError(f"fps={fps}; expected a finite rate above 0: leave it out for all frames")
+    if path.is_dir():
+        raise VideoError(f"{path} is a folder; expected a video file: pass one of those inside")
+    if not path.is_file():
+        raise VideoError(
+            f"{path} does not exist; expected a local video file: check the spelling, and "
+            "download a URL first"
+        )
+    if path.stat().st_size == 0:
+        raise VideoError(f"{path} is empty (0 bytes); expected a video: copy or download it again")
+
+
+def _choose(
+    timestamps: Sequence[float], frames: int | None, fps: float | None, max_frames: int
+) -> list[int]:
+    """Positions to sample from frames shown at ``timestamps`` (seconds, ascending)."""
+    times = np.asarray(timestamps, dtype=np.float64)
+    if times.size == 0:
+        return []
+    if fps is None:
+        return list(map(int, _spread(times, max_frames if frames is None else frames)))
+    # A frame is taken where a tick is nearer to it than to its neighbours. `ticks` counts the
+    # ticks up to the end of each frame's surroundings; the tick at 0 belongs to the first frame.
+    ends = (times[:-1] + times[1:]) / 2 - times[0]
+    all_ticks = np.floor((times[-1] - times[0]) * fps + 1e-6) + 1
+    ticks = np.append(np.maximum(np.ceil(ends * fps), 1), all_ticks)
+    taken = np.flatnonzero(np.diff(ticks, prepend=0) > 0)
+    return list(map(int, taken[_spread(times[taken], max_frames)]))
+
+
+def _spread(times: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.intp]:
+    """``count`` positions, evenly over time and each once; all of them where there are fewer."""
+    total = len(times)
+    if count >= total:
+        return np.arange(total)
+    ticks = np.linspace(times[0], times[-1], count)
+    after = np.searchsorted(times, ticks).clip(1, total - 1)
+    nearest = np.where(ticks - times[after - 1] <= times[after] - ticks, after - 1, after)
+    # Where one frame is nearest to several ticks, the later ticks move on to the frames after it,
+    # and stop short of the end by as many frames as are still to come.
+    slots = np.arange(count)
+    return np.minimum(np.maximum.accumulate(nearest - slots), total - count) + slots
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its first true video stream; closed on every way out."""
+    # The file: prefix keeps a colon in a name from being read as a protocol, and the whitelist
+    # keeps a playlist from reaching the network.
+    options = {"protocol_whitelist": "file"}
+    try:
+        container = av.open(f"file:{path}", metadata_errors="replace", options=options)
+    except av.FFmpegError as error:
+        raise VideoError(
+            f"{path} cannot be opened ({error.strerror}); expected a whole mp4, webm, avi, mov or "
+            "other file that FFmpeg reads: check that it plays, or copy it again"
+        ) from error
+    with container:
+        # FFmpeg draws a .txt on a terminal, and the cover of a song counts as a video stream.
+        streams = [
+            stream
+            for stream in container.streams.video
+            if container.format.name != "tty" and not stream.disposition & Disposition.attached_pic
+        ]
+        if not streams:
+            raise VideoError(
+                f"{path} has no video stream (its format is {container.format.long_name}); "
+                "expected one: pass the file with the pictures, or copy it again if it was cut off"
+            )
+        if streams[0].codec_context is None:
+            raise VideoError(
+                f"{path} uses a codec that no decoder here reads; expected H.264, HEVC, VP9, AV1 "
+                "or the like: re-encode it with the tool that made it"
+            )
+        yield container, streams[0]
+
+
+def _packet_times(path: Path) -> list[float]:
+    """When each frame is shown, in seconds, as far as the packets tell."""
+    ticks: list[int | None] = []
+    with _opened(path) as (container, stream):
+        try:
+            for packet in container.demux(stream):
+                if packet.size and not packet.is_discard:
+                    ticks.append(packet.pts)
+        except av.FFmpegError:
+            pass  # decoding meets the same damage, and knows how many frames precede it
+        return _seconds(ticks, stream)
+
+
+def _decode(
+    path: Path, chosen: list[int]
+) -> tuple[npt.NDArray[np.uint8], list[float], float, float]:
+    """Decode the whole file, keep the frames at the ascending positions ``chosen``.
+
+    Returns the kept frames ``(F, H, W, 3)``, the seconds at which every frame of the file is
+    shown, the frame rate the file claims, and the seconds its last frame stays (0: it is silent).
+    """
+    slots = {index: slot for slot, index in enumerate(chosen)}
+    kept = np.empty((0, 0, 0, 3), np.uint8)
+    ticks: list[int | None] = []
+    last: int = 0
+    damage = None
+    with _opened(path) as (container, stream):
+        try:
+            for frame in _frames(container, stream):
+                if frame.is_corrupt:
+                    damage = "a frame is only partly there"
+                    break
+                slot = slots.get(len(ticks))
+                if slot == 0:
+                    first = _rgb(frame)
+                    kept = np.empty((len(chosen), *first.shape), np.uint8)
+                    kept[0] = first
+                elif slot is not None:
+                    kept[slot] = _rgb(frame, kept.shape[1:3])
+                ticks.append(frame.pts)
+                last = frame.duration
+        except av.FFmpegError as error:
+            damage = error.strerror
+        missing = _missing_bytes(path, container.format.name)
+        # A file cut off inside the index that follows its last frame has lost no frame.
+        if missing and not 0 < stream.frames <= len(ticks):
+            damage = f"{missing} bytes are missing at its end"
+        if damage or not ticks:
+            raise VideoError(
+                f"{path} is damaged: {len(ticks)} frames decoded, then {damage or 'it ends'}; "
+                "expected every frame to decode: copy it again, or salvage the frames with "
+                f"ffmpeg -err_detect ignore_err -i {path.name} salvaged.mp4"
+            )
+        seconds_last = float(last * (stream.time_base or 0))
+        return kept, _seconds(ticks, stream), _rate(stream), seconds_last
+
+
+def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    """All frames in the order they are shown; an error comes after the last that decodes."""
+    stream.codec_context.thread_type = ThreadType.AUTO
+    try:
+        for packet in container.demux(stream):
+            yield from packet.decode()
+    except av.FFmpegError:
+        with suppress(av.FFmpegError):
+            yield from stream.decode(None)  # frames that wait inside the decoder
+        raise
+
+
+def _rgb(frame: VideoFrame, shape: tuple[int, ...] | None = None) -> npt.NDArray[np.uint8]:
+    """The frame as it is displayed, ``(H, W, 3)``; scaled to ``shape`` ``(H, W)`` if given."""
+    # The display matrix (a b u, c d v, x y w) moves the pixel (x, y) to (ax + cy, bx + dy).
+    side_data: Any = frame.side_data.get("DISPLAYMATRIX")
+    a, b, _, c, d = (1, 0, 0, 0, 1) if side_data is None else np.frombuffer(side_data, "i4")[:5]
+    turned = abs(int(b)) > abs(int(a))
+    height, width = shape or (None, None)
+    if turned:
+        height, width = width, height
+    image: npt.NDArray[Any] = frame.to_ndarray(format="rgb24", height=height, width=width)
+    if turned:
+        image, a, d = image.transpose(1, 0, 2), c, b
+    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def _seconds(ticks: list[int | None], stream: VideoStream) -> list[float]:
+    """Presentation times in seconds, ascending from 0, of frames in the order they are shown."""
+    known = sorted(tick for tick in ticks if tick is not None)
+    if len(known) < len(ticks):  # a raw stream, shown at its nominal rate
+        return [index / _rate(stream) for index in range(len(ticks))]
+    # Sorted, because H.264 in AVI carries its times in decoding order.
+    base = stream.time_base or Fraction(1)
+    return [float((tick - known[0]) * base) for tick in known]
+
+
+def _rate(stream: VideoStream) -> float:
+    """Frames per second that the file claims."""
+    return float(stream.guessed_rate or stream.average_rate or 25)
+
+
+def _missing_bytes(path: Path, kind: str) -> int:
+    """How far a mov/mp4, avi or webm/mkv file falls short of the sizes it declares; 0 for others.
+
+    FFmpeg takes the end of such a file for the end of the film.
+    """
+    end, total = 0, path.stat().st_size
+    with path.open("rb") as file:
+        while end < total:
+            file.seek(end)
+            size = _part_size(file.read(16), kind)
+            if size == 0:
+                return 0
+            end += size
+    return end - total
+
+
+def _part_size(head: bytes, kind: str) -> int:
+    """Bytes of the top-level part that begins with ``head``; 0 where it is unknown or left open."""
+    if kind.startswith("mov"):
+        size = int.from_bytes(head[:4], "big")
+        size = int.from_bytes(head[8:16], "big") if size == 1 else size
+        return size if size >= 8 else 0
+    if kind == "avi" and head.startswith(b"RIFF"):
+        size = int.from_bytes(head[4:8], "little")
+        return 8 + size if 0 < size < 0xFFFFFFFF else 0
+    if kind.startswith("matroska") and head[:4] in (b"\x1aE\xdf\xa3", b"\x18S\x80g"):
+        length = 9 - int.from_bytes(head[4:5], "big").bit_length()
+        size = int.from_bytes(head[4 : 4 + length], "big") - (1 << 7 * length)
+        return 4 + length + size if size < (1 << 7 * length) - 1 else 0
+    return 0
