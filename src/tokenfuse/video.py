@@ -31,7 +31,7 @@ from tokenfuse.errors import VideoError
 class Video:
     """Frames sampled from a video file, and when each of them is shown.
 
-    ``frames``: ``(F, H, W, 3)`` uint8, RGB, turned the way the file asks to be displayed.
+    ``frames``: ``(F, H, W, 3)`` uint8, RGB, turned (not mirrored) as the file asks to be shown.
     ``indices``: ``F`` positions among the decoded frames of the file, strictly increasing.
     ``fps``: mean frames per second of the file, from its first frame to its last.
     ``total_frames``: frames in the file.
@@ -70,8 +70,8 @@ def read_video(
     ``max_frames``: the most frames that ``fps``, or a call with neither, returns.
 
     Raises VideoError where the request contradicts itself, or the file is missing, is not a video
-    or is damaged: a frame that does not decode, or a file shorter than its header says. Damage
-    that FFmpeg steps over without a sign (inside webm, the tail of mpegts) goes unnoticed.
+    or is damaged: a frame that does not decode, or a file shorter than it declares. Damage that
+    FFmpeg steps over without a sign (inside webm and mjpeg, the tail of mpegts) goes unnoticed.
     """
     path = Path(path)
     _check(path, frames, fps, max_frames)
@@ -145,11 +145,13 @@ def _spread(times: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.intp]:
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its first true video stream; closed on every way out."""
-    # The file: prefix keeps a colon in a name from being read as a protocol, and the whitelist
-    # keeps a playlist from reaching the network.
-    options = {"protocol_whitelist": "file"}
+    # The file: prefix keeps a colon in a name from being read as a protocol; the options keep a
+    # playlist from reaching the network, and from being read again and again for news.
+    options = {"protocol_whitelist": "file", "max_reload": "0"}
+    # Before PyAV 19, a title that is not UTF-8 would make the film unreadable.
+    foreign: Any = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
     try:
-        container = av.open(f"file:{path}", metadata_errors="replace", options=options)
+        container = av.open(f"file:{path}", options=options, **foreign)
     except av.FFmpegError as error:
         raise VideoError(
             f"{path} cannot be opened ({error.strerror}); expected a whole mp4, webm, avi, mov or "
@@ -246,17 +248,12 @@ def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFra
 
 def _rgb(frame: VideoFrame, shape: tuple[int, ...] | None = None) -> npt.NDArray[np.uint8]:
     """The frame as it is displayed, ``(H, W, 3)``; scaled to ``shape`` ``(H, W)`` if given."""
-    # The display matrix (a b u, c d v, x y w) moves the pixel (x, y) to (ax + cy, bx + dy).
-    side_data: Any = frame.side_data.get("DISPLAYMATRIX")
-    a, b, _, c, d = (1, 0, 0, 0, 1) if side_data is None else np.frombuffer(side_data, "i4")[:5]
-    turned = abs(int(b)) > abs(int(a))
+    quarters = round(frame.rotation / 90) % 4  # counterclockwise
     height, width = shape or (None, None)
-    if turned:
+    if quarters % 2:
         height, width = width, height
     image: npt.NDArray[Any] = frame.to_ndarray(format="rgb24", height=height, width=width)
-    if turned:
-        image, a, d = image.transpose(1, 0, 2), c, b
-    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return np.rot90(image, quarters)
 
 
 def _seconds(ticks: list[int | None], stream: VideoStream) -> list[float]:

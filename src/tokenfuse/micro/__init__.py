@@ -1,0 +1,17 @@
+"""The micro Qwen3-VL: a real ``Qwen3VLForConditionalGeneration`` that fits into the package.
+
+It answers six kinds of questions about small synthetic videos (``tokenfuse.micro.tasks``) and
+stands in wherever pretrained weights are not at hand.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+"""Folder for ``from_pretrained``: weights, configuration, tokenizer, processor, chat template."""
+
+SAMPLE = Path(__file__).parent / "sample.mp4"
+"""A short clip that the micro model has not been trained on."""
+
+SAMPLE_QUESTION = "In which direction does the object move?"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
+from torch import Tensor
 from transformers import (
     GenerationConfig,
     Qwen2Tokenizer,
@@ -128,6 +128,7 @@ def build_model(processor: Qwen3VLProcessor, *, seed: int = 0) -> Qwen3VLForCond
             "num_key_value_heads": 2,
             "head_dim": 32,
             "max_position_embeddings": 4096,
+            "initializer_range": 0.07,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10_000.0,
@@ -141,6 +142,7 @@ def build_model(processor: Qwen3VLProcessor, *, seed: int = 0) -> Qwen3VLForCond
         },
         vision_config={
             "depth": 2,
+            "initializer_range": 0.07,
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_heads": 4,
@@ -159,8 +161,8 @@ def build_model(processor: Qwen3VLProcessor, *, seed: int = 0) -> Qwen3VLForCond
     )
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config)
-    # At the usual std of 0.02 so small a model takes thousands of steps to tell places apart.
-    nn.init.normal_(model.model.visual.pos_embed.weight, std=0.3)
+    # From random embeddings so small a model takes thousands of steps to tell places apart.
+    model.model.visual.pos_embed.weight.data.copy_(_waves(SIZE // PATCH, 64))
     model.generation_config = GenerationConfig(
         eos_token_id=ids["<|im_end|>"],
         pad_token_id=ids["<|endoftext|>"],
@@ -168,3 +170,12 @@ def build_model(processor: Qwen3VLProcessor, *, seed: int = 0) -> Qwen3VLForCond
         do_sample=False,
     )
     return model
+
+
+def _waves(side: int, width: int) -> Tensor:
+    """Sines and cosines of the places of a ``side × side`` grid, ``(side * side, width)``."""
+    at = torch.linspace(-1, 1, side)
+    angles = at[:, None] * torch.linspace(0.25, 4, width // 4) * torch.pi
+    axis = torch.cat([angles.sin(), angles.cos()], -1)
+    rows = axis[:, None].expand(side, side, -1)
+    return 0.4 * torch.cat([rows, rows.transpose(0, 1)], -1).flatten(0, 1)

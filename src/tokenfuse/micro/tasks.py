@@ -99,29 +99,20 @@ def make_clip(
     patches: int = 8,
     scene: Scene | None = None,
     split: Split = "train",
+    flash: int = 1,
 ) -> Clip:
-    """Render one clip of ``patches`` temporal patches (two frames each)."""
+    """Render one clip of ``patches`` temporal patches (two frames each); the mark lasts ``flash`` of them."""
     rng = np.random.default_rng([("train", "test").index(split), patches, seed])
     if scene is None:
         scene = SCENES[rng.integers(len(SCENES))]
     frames = FRAMES_PER_PATCH * patches
     video = np.broadcast_to(_background(rng), (frames, SIZE, SIZE, 3)).copy()
     questions = list(_SCENES[scene](rng, video, patches))
-    questions.append(_flash(rng, video, patches))
+    questions.append(_flash(rng, video, patches, flash))
     sigma = rng.uniform(3, 9)
     video += np.float32(sigma) * rng.standard_normal(video.shape, dtype=np.float32)
     pixels = np.clip(video, 0, 255).astype(np.uint8)
     return Clip(pixels, float(rng.choice((4.0, 8.0))), scene, tuple(questions))
-
-
-def questions_for(
-    task: Task, count: int, *, patches: int = 8, split: Split = "test", start: int = 0
-) -> Iterator[tuple[Clip, Question]]:
-    """``count`` clips with their question for ``task``, from consecutive seeds."""
-    for seed in range(start, start + count):
-        clip = make_clip(seed, patches=patches, scene=SCENE_OF[task], split=split)
-        asked = [q for q in clip.questions if q.task == task]
-        yield clip, asked[seed % len(asked)]
 
 
 def _background(rng: np.random.Generator) -> Float:
@@ -175,7 +166,7 @@ def _motion(rng: np.random.Generator, video: Float, patches: int) -> Iterator[Qu
     color = str(rng.choice(list(COLORS)))
     shape = str(rng.choice(SHAPES))
     direction = str(rng.choice(list(DIRECTIONS)))
-    radius = rng.uniform(9, 12)
+    radius = rng.uniform(10, 13)
     length = rng.uniform(28, 50)
     step = np.asarray(DIRECTIONS[direction], np.float64)
     low = np.full(2, radius + 2) + length * (step < 0)
@@ -221,13 +212,13 @@ def _count(rng: np.random.Generator, video: Float, patches: int) -> Iterator[Que
     yield _ask("count", COUNTS[count - 1])
 
 
-def _flash(rng: np.random.Generator, video: Float, patches: int) -> Question:
+def _flash(rng: np.random.Generator, video: Float, patches: int, lasts: int) -> Question:
     quadrant = int(rng.integers(4))
-    patch = int(rng.integers(patches))
-    x, y = rng.uniform(10, SIZE / 2 - 10, 2) + (SIZE / 2) * np.array([quadrant % 2, quadrant // 2])
-    lit = video[FRAMES_PER_PATCH * patch : FRAMES_PER_PATCH * (patch + 1)]
-    _paint(lit, "square", (0, 0, 0), x, y, 9)
-    _paint(lit, "square", (255, 255, 255), x, y, 6)
+    begins = int(rng.integers(patches - lasts + 1))
+    x, y = rng.uniform(12, SIZE / 2 - 12, 2) + (SIZE / 2) * np.array([quadrant % 2, quadrant // 2])
+    lit = video[FRAMES_PER_PATCH * begins : FRAMES_PER_PATCH * (begins + lasts)]
+    _paint(lit, "square", (0, 0, 0), x, y, 11)
+    _paint(lit, "square", (255, 255, 255), x, y, 8)
     return _ask("flash", QUADRANTS[quadrant])
 
 

@@ -1,0 +1,52 @@
+# On a fresh machine `make demo` and `make test` do all the set-up themselves.
+#
+#   make demo PYTHON=python3.13           another interpreter
+#   make test CONSTRAINTS=.ci/constraints.txt   the exact versions that CI uses
+#   make test ARGS="-k ttf -x"            arguments for pytest (or, with demo, for tokenfuse run)
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --editable
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: demo test lint docs clean help
+
+demo: $(VENV)/.installed ## answer a question about a video, with and without compression
+	$(BIN)/tokenfuse run $(ARGS)
+
+test: $(VENV)/.installed-test ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed-docs ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+clean: ## remove everything that the other targets create
+	rm -rf .venv build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and \
+	    f"tokenfuse needs Python 3.11 or newer, $(PYTHON) is {v}: try make PYTHON=python3.13")'
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp file per set of extras: pip runs again only when the dependencies change.
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(INSTALL) ".[$*]"
+	@touch $@

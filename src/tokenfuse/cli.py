@@ -1,0 +1,245 @@
+"""The command line. Data goes to stdout, progress and errors to stderr; ``--json`` is for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tokenfuse.errors import ConfigError, TokenFuseError
+
+app = typer.Typer(
+    help="Fewer visual tokens for video-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn an error that tokenfuse raises on purpose into one line and exit status 2."""
+    try:
+        yield
+    except TokenFuseError as error:
+        _err.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def run(
+    video: Annotated[
+        str | None, typer.Argument(help="Video file; a short clip of tokenfuse's own if left out.")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="What to ask about it.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id; the micro Qwen3-VL if left out.")
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="Strategy, preset or YAML file.")] = "ttf",
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="Option of the strategy: threshold=0.8")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to sample, evenly in time.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames to sample per second.")] = None,
+    compare: Annotated[bool, typer.Option(help="Answer without compression too.")] = True,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Timings per median.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Answer a question about a video, with and without compression."""
+    with _errors():
+        # Heavy imports only where a model runs.
+        from tokenfuse import inference
+        from tokenfuse.config import load_strategy
+        from tokenfuse.micro import CHECKPOINT, SAMPLE, SAMPLE_QUESTION
+
+        chosen = load_strategy(strategy, _overrides(options or []))
+        _quiet()
+        with _err.status("starting") as status:
+            result = inference.run(
+                video or SAMPLE,
+                question or (SAMPLE_QUESTION if video is None else "What happens in the video?"),
+                chosen,
+                source=model or CHECKPOINT,
+                frames=frames,
+                fps=fps,
+                compare=compare,
+                max_new_tokens=max_new_tokens,
+                repeats=repeats,
+                say=status.update,
+            )
+    if as_json:
+        print(result.model_dump_json(indent=2))
+    else:
+        _show(result)
+
+
+@app.command()
+def strategies(as_json: Json = False) -> None:
+    """List the registered strategies."""
+    with _errors():
+        from tokenfuse.registry import registry
+
+        rows = [
+            {
+                "name": name,
+                "stage": entry.cls.stage,
+                "needs": sorted(entry.cls.needs),
+                "from": entry.distribution,
+                "about": _first_line(entry.cls),
+            }
+            for name, entry in sorted(registry().strategies.items())
+        ]
+    _list(rows, as_json)
+
+
+@app.command()
+def adapters(as_json: Json = False) -> None:
+    """List the registered adapters."""
+    with _errors():
+        from tokenfuse.registry import registry
+
+        rows = [
+            {"name": name, "from": entry.distribution, "about": _first_line(entry.cls)}
+            for name, entry in sorted(registry().adapters.items())
+        ]
+    _list(rows, as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a configuration, strategies of plugins included."""
+    with _errors():
+        from tokenfuse.config import json_schema
+
+        print(json.dumps(json_schema(), indent=2))
+
+
+def _overrides(options: Sequence[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {option} is not of the form key=value, as in threshold=0.8")
+        try:
+            values[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {option}: {value!r} is not a YAML value") from None
+    return values
+
+
+def _quiet() -> None:
+    """Leave the terminal to the report: no progress bars or advice from transformers."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().partition("\n")[0]
+
+
+def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column, style="bold" if column == "name" else None)
+    for row in rows:
+        table.add_row(*(", ".join(v) if isinstance(v, list) else v for v in row.values()))
+    _out.print(table)
+
+
+def _show(result: Any) -> None:
+    from tokenfuse.report import flops, size
+
+    report = result.report
+    options = {k: v for k, v in report.strategy.items() if v is not None and k != "strategy"}
+    _out.print(
+        f"[bold]{escape(result.question)}[/]\n"
+        f"{escape(result.video)}: {result.frames} frames of {result.duration:.1f} s; "
+        f"{escape(result.model)} on {result.device} in {result.dtype}",
+        soft_wrap=True,
+    )
+    _out.print(
+        f"[bold]{report.strategy['strategy']}[/] "
+        + escape(", ".join(f"{key} {value}" for key, value in options.items())),
+        soft_wrap=True,
+    )
+    for item in report.items:
+        _bars(item, result)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("uncompressed", justify="right")
+    table.add_column(report.strategy["strategy"], justify="right", style="bold")
+    table.add_column("change", justify="right")
+    before, after = result.uncompressed, result.compressed
+    if before:
+        table.add_row("answer", escape(before.text), escape(after.text), _same(result))
+    else:
+        table.add_row("answer", "", escape(after.text), "")
+    pairs = (
+        ("visual tokens", report.tokens_before, report.tokens_after, str),
+        ("prompt tokens", sum(report.prompt_before), sum(report.prompt_after), str),
+        ("KV cache", report.kv_cache_bytes_before, report.kv_cache_bytes_after, size),
+        ("prefill", report.prefill_flops_before, report.prefill_flops_after, flops),
+    )
+    for name, old, new, text in pairs:
+        table.add_row(name, text(old), text(new), _change(old, new))
+    old_ms = before.ttft_ms if before else None
+    table.add_row(
+        "time to first token",
+        f"{old_ms:.1f} ms" if old_ms else "",
+        f"{after.ttft_ms:.1f} ms",
+        _speed(old_ms, after.ttft_ms) if old_ms else "",
+    )
+    _out.print(table)
+    _out.print(
+        f"of which compression itself: matching {flops(report.matching_flops)} in "
+        f"{report.plan_ms:.1f} ms, realignment {report.realign_ms:.1f} ms"
+    )
+    if report.reason:
+        _out.print(f"[yellow]not compressed[/]: {escape(report.reason)}")
+
+
+def _bars(item: Any, result: Any) -> None:
+    """Survivors of every frame as a bar."""
+    total, width = item.frame_tokens_before, 36
+    per_patch = max(1, len(result.timestamps) // item.grid[0])
+    for frame, kept in enumerate(item.frame_tokens_after):
+        pair = result.timestamps[frame * per_patch : (frame + 1) * per_patch]
+        seconds = sum(pair) / len(pair) if pair else 0.0
+        full = round(width * kept / total)
+        _out.print(
+            f"{seconds:6.2f} s [green]{'█' * full}[/][dim]{'░' * (width - full)}[/] "
+            f"{kept}/{total}"
+        )
+
+
+def _same(result: Any) -> str:
+    return "[green]same[/]" if result.same_answer else "[red]differs[/]"
+
+
+def _change(old: int, new: int) -> str:
+    return f"{(new - old) / old:+.1%}" if old else ""
+
+
+def _speed(old: float, new: float) -> str:
+    return f"{old / new:.2f}x faster" if new <= old else f"[red]{new / old:.2f}x slower[/]"
+
+
+if __name__ == "__main__":
+    app()
