@@ -4,12 +4,14 @@ import os
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from tokenfuse import video as video_module
 from tokenfuse.errors import TokenFuseError, VideoError
@@ -41,6 +43,7 @@ def write_clip(
     pix_fmt=None,
     ticks=None,
     muxer=None,
+    title=None,
     images=None,
     **options,
 ):
@@ -50,6 +53,8 @@ def write_clip(
     if images is None:
         images = [np.full((size[1], size[0], 3), STEP * i, np.uint8) for i in range(count)]
     with av.open(str(path), "w", options=muxer or {}) as container:
+        if title:
+            container.metadata["title"] = title
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height = images[0].shape[1], images[0].shape[0]
         stream.pix_fmt = pix_fmt or ("yuvj420p" if codec == "mjpeg" else "yuv420p")
@@ -189,7 +194,6 @@ MATRICES = {
     "clockwise": ((0, 1, -1, 0), lambda image: np.rot90(image, -1)),
     "upside down": ((-1, 0, 0, -1), lambda image: np.rot90(image, 2)),
     "counterclockwise": ((0, -1, 1, 0), lambda image: np.rot90(image, 1)),
-    "mirrored": ((-1, 0, 0, 1), lambda image: image[:, ::-1]),
 }
 
 
@@ -264,6 +268,21 @@ def test_an_image_is_one_frame(tmp_path):
     assert clip.duration == pytest.approx(1 / clip.fps)
 
 
+def test_an_image_with_camera_data(tmp_path):
+    exif = Image.Exif()
+    exif[0x010F] = "maker"
+    Image.new("RGB", (64, 48), (3 * STEP,) * 3).save(tmp_path / "photo.jpg", exif=exif)
+    assert numbers(read_video(tmp_path / "photo.jpg")) == [3]
+
+
+def test_a_title_that_is_not_utf8(tmp_path):
+    path = write_clip(tmp_path / "title.avi", "mjpeg", title="TITLE")
+    content = path.read_bytes()
+    assert content.count(b"TITLE") == 1
+    path.write_bytes(content.replace(b"TITLE", b"\xe9t\xe9\xff!"))
+    assert numbers(read_video(path)) == list(range(20))
+
+
 def test_one_frame_of_film(tmp_path):
     clip = read_video(write_clip(tmp_path / "one.mp4", count=1), frames=8)
     assert clip.indices == clip.processor_indices() == [0]
@@ -285,6 +304,12 @@ def test_frames_edited_out_do_not_count(tmp_path):
     assert numbers(clip) == list(range(5, 20))
     assert clip.indices == list(range(15))
     assert clip.timestamps[0] == 0
+
+
+def test_a_last_frame_without_duration_stays_as_long_as_the_others(mp4, monkeypatch):
+    decode = video_module._decode
+    monkeypatch.setattr(video_module, "_decode", lambda *args: (*decode(*args)[:3], 0.0))
+    assert read_video(mp4).duration == pytest.approx(2)
 
 
 @pytest.mark.parametrize("mistaken", [[], [0.0], [i / 7 for i in range(50)]])
@@ -309,7 +334,8 @@ def test_only_chosen_frames_become_rgb(tmp_path, monkeypatch):
 def check(error: pytest.ExceptionInfo, *words: str) -> None:
     """A message names what was given, what was expected and the mend."""
     text = str(error.value)
-    assert isinstance(error.value, (TokenFuseError, ValueError))
+    assert isinstance(error.value, TokenFuseError)
+    assert isinstance(error.value, ValueError)
     assert "expected" in text
     assert ": " in text.split("expected", 1)[1]
     for word in words:
@@ -353,6 +379,9 @@ def test_folder(tmp_path):
     check(error, tmp_path.name, "folder")
 
 
+PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -361,7 +390,8 @@ def test_folder(tmp_path):
         ("notes.txt", b"no film at all\n" * 99, ["no video stream"]),
         ("garbage.mp4", np.random.default_rng(0).bytes(5000), ["cannot be opened"]),
         ("zeros.webm", bytes(5000), ["cannot be opened"]),
-        ("list.m3u8", b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n", ["list.m3u8"]),
+        ("list.m3u8", PLAYLIST + b"#EXT-X-ENDLIST\n", ["cannot be opened"]),
+        ("live.m3u8", PLAYLIST, ["cannot be opened"]),
     ],
 )
 def test_files_that_are_no_video(tmp_path, name, content, words):
@@ -456,6 +486,27 @@ def test_damage_inside(tmp_path):
     check(error)
 
 
+def test_frames_inside_the_decoder_come_out_before_an_error():
+    def broken():
+        raise av.InvalidDataError(0, "broken")
+
+    packets = [SimpleNamespace(decode=lambda: [0, 1]), SimpleNamespace(decode=broken)]
+    container = SimpleNamespace(demux=lambda stream: packets)
+    stream = SimpleNamespace(codec_context=SimpleNamespace(), decode=lambda packet: [2, 3])
+    seen = []
+    with pytest.raises(av.InvalidDataError, match="broken"):
+        seen.extend(video_module._frames(container, stream))
+    assert seen == [0, 1, 2, 3]
+
+
+def test_a_frame_that_the_decoder_had_to_guess_is_damage(mp4, monkeypatch):
+    guessed = SimpleNamespace(is_corrupt=True)
+    monkeypatch.setattr(video_module, "_frames", lambda container, stream: [guessed])
+    with pytest.raises(VideoError, match="0 frames decoded, then a frame is only partly") as error:
+        read_video(mp4)
+    check(error)
+
+
 def test_no_frame_decodes(tmp_path):
     path = write_clip(tmp_path / "still.png", "png", count=1, pix_fmt="rgb24")
     with pytest.raises(VideoError, match="damaged: 0 frames decoded") as error:
@@ -474,6 +525,30 @@ def test_live_webm_declares_no_size_and_is_whole(tmp_path):
     path = write_clip(tmp_path / "live.webm", "libvpx", muxer={"live": "1"})
     assert b"\x18S\x80g\1" + b"\xff" * 7 in path.read_bytes()
     assert numbers(read_video(path)) == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "size"),
+    [
+        ("mov,mp4", be32(24) + b"ftyp", 24),
+        ("mov,mp4", be32(1) + b"mdat" + be32(2, 5), (2 << 32) + 5),
+        ("mov,mp4", be32(0) + b"mdat", 0),  # as far as the file goes
+        ("mov,mp4", be32(3) + b"junk", 0),
+        ("avi", b"RIFF" + (1000).to_bytes(4, "little"), 1008),
+        ("avi", b"RIFF" + b"\xff" * 4, 0),
+        ("avi", b"RIFF" + bytes(4), 0),
+        ("avi", b"junk" + b"\1" * 4, 0),
+        ("matroska,webm", b"\x1aE\xdf\xa3\x9f", 4 + 1 + 31),
+        ("matroska,webm", b"\x18S\x80g\x40\xc8", 4 + 2 + 200),
+        ("matroska,webm", b"\x18S\x80g\xff", 0),
+        ("matroska,webm", b"\x18S\x80g\1" + b"\xff" * 7, 0),
+        ("matroska,webm", b"\x18S\x80g\1" + bytes(6) + b"\7", 4 + 8 + 7),
+        ("matroska,webm", b"junk\x9f", 0),
+        ("mpegts", b"G" * 16, 0),
+    ],
+)
+def test_declared_sizes(kind, head, size):
+    assert video_module._part_size(head, kind) == size
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are listed on Linux")
@@ -522,6 +597,13 @@ def test_choose_by_count_is_even_at_a_constant_rate(total, frames, rate):
     ideal = np.linspace(0, total - 1, frames)
     assert np.abs(np.array(chosen) - ideal).max() < 0.5 + 1e-6
     assert chosen[-1] == total - 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 100), st.floats(1, 240))
+def test_choose_by_the_rate_of_the_file_takes_every_frame(total, rate):
+    times = [i / rate for i in range(total)]
+    assert _choose(times, None, rate, total) == list(range(total))
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,4 +1,4 @@
-"""The command line. Data goes to stdout, progress and errors to stderr; ``--json`` is for machines."""
+"""The command line. Data goes to stdout, progress and errors to stderr."""
 
 from __future__ import annotations
 
@@ -224,8 +224,7 @@ def _bars(item: Any, result: Any) -> None:
         seconds = sum(pair) / len(pair) if pair else 0.0
         full = round(width * kept / total)
         _out.print(
-            f"{seconds:6.2f} s [green]{'█' * full}[/][dim]{'░' * (width - full)}[/] "
-            f"{kept}/{total}"
+            f"{seconds:6.2f} s [green]{'█' * full}[/][dim]{'░' * (width - full)}[/] {kept}/{total}"
         )
 
 

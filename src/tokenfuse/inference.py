@@ -110,7 +110,7 @@ def answer(model: Any, processor: Any, inputs: Mapping[str, Any], *, max_new_tok
 
 
 def first_token_ms(model: Any, inputs: Mapping[str, Any]) -> float:
-    """Milliseconds from the call of ``generate`` to its first token, vision and compression included."""
+    """Milliseconds until ``generate`` has its first token, vision and compression included."""
     began = time.perf_counter()
     # Reading the token waits for a GPU to have it.
     model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1].item()
@@ -130,7 +130,10 @@ def run(
     repeats: int = 3,
     say: Say = lambda _: None,
 ) -> RunResult:
-    """Decode a video, ask a model, with compression and (``compare``) without; ``say`` hears each step."""
+    """Decode a video and ask a model, with compression and, if ``compare``, without.
+
+    ``say`` hears of each step.
+    """
     say("decoding the video")
     video = read_video(path, frames=frames, fps=fps)
     say("loading the model")
@@ -171,4 +174,3 @@ def run(
         uncompressed=uncompressed,
         report=report,
     )
-

@@ -219,7 +219,7 @@ def _decode(
                 ticks.append(frame.pts)
                 last = frame.duration
         except av.FFmpegError as error:
-            damage = error.strerror
+            damage = error.strerror or str(error)
         missing = _missing_bytes(path, container.format.name)
         # A file cut off inside the index that follows its last frame has lost no frame.
         if missing and not 0 < stream.frames <= len(ticks):

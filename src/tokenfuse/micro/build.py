@@ -6,6 +6,9 @@ Every class is transformers' own, only smaller: 96 × 96 frames in 8 × 8 patche
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -55,14 +58,14 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE in which every word of the tasks is one token and any other text is bytes."""
+    """A byte-level BPE in which every word of the tasks is one token; any other text is bytes."""
     corpus = [
         *(f"user\n{text}" for texts in QUESTIONS.values() for text in texts),
         *(f"assistant\n{answer}" for answers in ANSWERS.values() for answer in answers),
         "<0.1 seconds>",
     ]
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = Qwen2Tokenizer()._tokenizer.pre_tokenizer
+    bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1024,
@@ -74,7 +77,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     bpe.add_special_tokens(list(SPECIAL))
     return Qwen2Tokenizer(
         vocab=bpe.get_vocab(with_added_tokens=True),
-        merges=[tuple(pair) for pair in _merges(bpe)],
+        merges=[tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]],
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=list(SPECIAL),
@@ -83,17 +86,14 @@ def build_tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def _merges(bpe: Tokenizer) -> list[list[str]]:
-    import json
-
-    merges: list[list[str]] = json.loads(bpe.to_str())["model"]["merges"]
-    return merges
-
-
 def build_processor() -> Qwen3VLProcessor:
-    half = [0.5, 0.5, 0.5]
-    vision = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2}
-    vision |= {"image_mean": half, "image_std": half}
+    vision: dict[str, Any] = {
+        "patch_size": PATCH,
+        "merge_size": MERGE,
+        "temporal_patch_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
     area = SIZE * SIZE
     return Qwen3VLProcessor(
         tokenizer=build_tokenizer(),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
+from av.video.stream import VideoStream
 
 from tokenfuse.micro import SAMPLE
 from tokenfuse.micro.tasks import Clip, make_clip
@@ -19,7 +21,8 @@ def write_clip(clip: Clip, path: Path, *, codec: str = "libx264", scale: int = S
     """Encode a clip, each pixel ``scale × scale`` pixels large."""
     frames = clip.frames.repeat(scale, axis=1).repeat(scale, axis=2)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(clip.fps).limit_denominator(1000))
+        rate = Fraction(clip.fps).limit_denominator(1000)
+        stream = cast(VideoStream, container.add_stream(codec, rate=rate))
         stream.width, stream.height = frames.shape[2], frames.shape[1]
         stream.pix_fmt = "yuv420p"
         for frame in frames:

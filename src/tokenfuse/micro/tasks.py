@@ -85,7 +85,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Clip:
-    """``frames``: uint8 ``(F, 96, 96, 3)`` RGB with ``F = 2 * patches``; ``fps`` in frames per second."""
+    """``frames``: uint8 ``(F, 96, 96, 3)`` RGB, ``F = 2 * patches``; ``fps`` per second."""
 
     frames: npt.NDArray[np.uint8]
     fps: float
@@ -101,7 +101,7 @@ def make_clip(
     split: Split = "train",
     flash: int = 1,
 ) -> Clip:
-    """Render one clip of ``patches`` temporal patches (two frames each); the mark lasts ``flash`` of them."""
+    """Render a clip of ``patches`` temporal patches; the mark lasts ``flash`` of them."""
     rng = np.random.default_rng([("train", "test").index(split), patches, seed])
     if scene is None:
         scene = SCENES[rng.integers(len(SCENES))]
@@ -125,7 +125,8 @@ def _background(rng: np.random.Generator) -> Float:
     rows = rows.transpose(1, 0, 2)
     smooth = (rows[low] * (1 - part) + rows[low + 1] * part).transpose(1, 0, 2)
     grain = rng.normal(0, 7, (SIZE, SIZE, 1))
-    return (rng.uniform(80, 135) + smooth + grain).astype(np.float32)
+    picture: Float = (rng.uniform(80, 135) + smooth + grain).astype(np.float32)
+    return picture
 
 
 _AXIS = np.arange(SIZE, dtype=np.float32) + 0.5
@@ -139,7 +140,7 @@ def _paint(
     y: npt.ArrayLike,
     radius: float,
 ) -> None:
-    """Draw a shape with soft edges into ``(F, 96, 96, 3)`` at centres ``x``, ``y`` of ``(F,)``, in place."""
+    """Draw a shape into ``(F, 96, 96, 3)`` in place, its centres ``x`` and ``y`` of ``(F,)``."""
     cx = np.asarray(x, np.float32).reshape(-1, 1)
     cy = np.asarray(y, np.float32).reshape(-1, 1)
     reach = 1.25 * radius + 1

@@ -35,7 +35,7 @@ def equal_frames_attention(
     cu_seq_lens_q: Tensor,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Vision attention ``(1, heads, frames * P, d)`` of frames that all have ``P`` patches, as one batch."""
+    """Vision attention ``(1, heads, frames * P, d)`` of equal frames, as one batch of frames."""
     frames = cu_seq_lens_q.shape[0] - 1
 
     def split(x: Tensor) -> Tensor:
@@ -109,7 +109,9 @@ class Conversations(IterableDataset[dict[str, Any]]):
             labels.append(target)
             tasks.append(task)
         if len(set(heads)) != 1:
-            raise RuntimeError(f"videos of one batch must have prompts of one length, got {set(heads)}")
+            raise RuntimeError(
+                f"videos of one batch must have prompts of one length, got {set(heads)}"
+            )
         width = max(map(len, rows))
         pad = self._ids("<|endoftext|>")
         ignore = [IGNORE]
@@ -122,10 +124,12 @@ class Conversations(IterableDataset[dict[str, Any]]):
 
 
 def patchify(frames: Tensor) -> Tensor:
-    """``(B, F, H, W, 3)`` uint8 → ``(B * F / 2 * H / 8 * W / 8, 384)`` in the processor's order and scale."""
+    """``(B, F, H, W, 3)`` uint8 to ``(patches, 384)``, in the processor's order and scale."""
     b, f, h, w, c = frames.shape
     x = frames.float() / 127.5 - 1
-    x = x.view(b, f // 2, 2, h // PATCH // MERGE, MERGE, PATCH, w // PATCH // MERGE, MERGE, PATCH, c)
+    x = x.view(
+        b, f // 2, 2, h // PATCH // MERGE, MERGE, PATCH, w // PATCH // MERGE, MERGE, PATCH, c
+    )
     return x.permute(0, 1, 3, 6, 4, 7, 9, 2, 5, 8).reshape(-1, c * 2 * PATCH * PATCH)
 
 
@@ -134,7 +138,9 @@ def model_inputs(
 ) -> dict[str, Tensor]:
     """The model's keyword arguments for a batch whose rows share the video part of their prompt."""
     ids, frames = batch["input_ids"], batch["frames"]
-    grid = torch.tensor([[frames.shape[1] // 2, frames.shape[2] // PATCH, frames.shape[3] // PATCH]])
+    grid = torch.tensor(
+        [[frames.shape[1] // 2, frames.shape[2] // PATCH, frames.shape[3] // PATCH]]
+    )
     types = torch.where(ids == model.config.video_token_id, 2, 0)
     positions, _ = model.model.get_rope_index(ids[:1], types[:1], video_grid_thw=grid)
     return {
@@ -149,7 +155,7 @@ def model_inputs(
 def answer_loss(
     model: Qwen3VLForConditionalGeneration, batch: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over answer tokens, and right and asked counts per task, ``(2, tasks)``."""
+    """Mean cross-entropy over answer tokens; right and asked counts per task, ``(2, tasks)``."""
     hidden = model.model(**model_inputs(model, batch)).last_hidden_state
     labels = batch["labels"][:, 1:]
     asked = labels != IGNORE
@@ -174,14 +180,17 @@ def train(
     rate: float = 2e-3,
     seed: int = 0,
     workers: int = 1,
+    init: Path | None = None,
 ) -> None:
-    """Train from scratch and save model and processor into ``out``.
+    """Train from scratch, or from the checkpoint ``init``; save model and processor into ``out``.
 
     The first ``short`` share of the steps sees clips of 4 temporal patches, the rest 4 to
     ``longest``. The rate warms up over 200 steps, holds, and falls linearly over the last quarter.
     """
     processor = build_processor()
     model = build_model(processor, seed=seed)
+    if init:
+        model.load_state_dict(Qwen3VLForConditionalGeneration.from_pretrained(init).state_dict())
     AttentionInterface.register("flash_equal_frames", equal_frames_attention)
     model.model.visual.config._attn_implementation = "flash_equal_frames"
     data = Conversations(processor, batch, seed, int(short * steps), longest)
@@ -213,9 +222,9 @@ def train(
             shares = (counts[0] / counts[1].clamp_min(1)).tolist()
             scores = "  ".join(f"{task} {x:.2f}" for task, x in zip(TASKS, shares, strict=True))
             minutes = (time.monotonic() - began) / 60
+            loss_now = np.mean(losses[-50:])
             print(
-                f"step {step}/{steps}  loss {np.mean(losses[-50:]):.4f}  {scores}  {minutes:.1f} min",
-                flush=True,
+                f"step {step}/{steps}  loss {loss_now:.4f}  {scores}  {minutes:.1f} min", flush=True
             )
             counts.zero_()
         if step % 1000 == 0 or step == steps:
@@ -223,7 +232,7 @@ def train(
 
 
 def save(model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, out: Path) -> None:
-    """Write the checkpoint: weights rounded to bf16 (half the size), computed in fp32 when loaded."""
+    """Write the checkpoint: weights rounded to bf16, half the size; loaded, they are fp32 again."""
     weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     model.save_pretrained(out, state_dict=weights)
     processor.save_pretrained(out)
@@ -236,6 +245,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--short", type=float, default=0.4, help="share of steps at 4 patches")
     parser.add_argument("--longest", type=int, default=10, help="temporal patches at most")
+    parser.add_argument("--rate", type=float, default=2e-3, help="greatest learning rate")
+    parser.add_argument("--init", type=Path, help="checkpoint to go on from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -246,7 +257,9 @@ def main() -> None:
         batch=args.batch,
         short=args.short,
         longest=args.longest,
+        rate=args.rate,
         seed=args.seed,
+        init=args.init,
     )
 
 
