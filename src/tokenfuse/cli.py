@@ -164,14 +164,17 @@ def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 
 def _show(result: Any) -> None:
+    from tokenfuse.micro import CHECKPOINT, SAMPLE
     from tokenfuse.report import flops, size
 
     report = result.report
+    own = {str(SAMPLE): "tokenfuse's sample clip", str(CHECKPOINT): "the micro Qwen3-VL"}
+    video, model = (own.get(name, name) for name in (result.video, result.model))
     options = {k: v for k, v in report.strategy.items() if v is not None and k != "strategy"}
     _out.print(
         f"[bold]{escape(result.question)}[/]\n"
-        f"{escape(result.video)}: {result.frames} frames of {result.duration:.1f} s; "
-        f"{escape(result.model)} on {result.device} in {result.dtype}",
+        f"{escape(video)}: {result.frames} frames of {result.duration:.1f} s; "
+        f"{escape(model)} on {result.device} in {result.dtype}",
         soft_wrap=True,
     )
     _out.print(

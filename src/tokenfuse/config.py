@@ -9,23 +9,25 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from tokenfuse.errors import ConfigError, did_you_mean
+from tokenfuse.errors import ConfigError, UnknownNameError, did_you_mean
 from tokenfuse.registry import Registry, registry
 from tokenfuse.strategies.base import Strategy
 
 KEY = "strategy"
 
 StrategyLike = str | Path | Mapping[str, Any] | Strategy
-"""A registered name, a preset's name, a YAML file, a mapping with the key ``strategy``, or a strategy."""
+"""A strategy's name, a preset's, a YAML file, a mapping with the key ``strategy``, a Strategy."""
 
-# Other projects' names for the share of tokens, and what each means as a keep ratio.
-_OTHER_RATIOS = {
-    "retention_ratio": lambda x: x,
-    "retain_ratio": lambda x: x,
-    "pruning_rate": lambda x: 1 - x,
-    "pruning_ratio": lambda x: 1 - x,
-    "compression_ratio": lambda x: 1 - x,
-    "reduction": lambda x: 1 - x,
+# Other projects' names for the share of tokens that stays, and for the share that goes.
+_KEPT = {"retention_ratio", "retention_rate", "retain_ratio", "keep_rate"}
+_REMOVED = {
+    "pruning_rate",
+    "pruning_ratio",
+    "video_pruning_rate",
+    "compression_ratio",
+    "drop_ratio",
+    "drop_rate",
+    "reduction",
 }
 
 
@@ -48,18 +50,33 @@ def load_strategy(
     Raises ConfigError (UnknownNameError for a name) that says which key in which file and line is
     wrong, what was expected, and the nearest valid name.
     """
-    lines: dict[str, str] = {}
+    found = among or registry()
+    changes = dict(overrides or {})
+    where: dict[str, str] = {}
     if isinstance(source, Strategy):
-        if not overrides:
-            return source
-        values: dict[str, Any] = {KEY: source.name, **source.model_dump()}
+        if changes.get(KEY, source.name) == source.name:
+            # Its own class, registered or not.
+            changes.pop(KEY, None)
+            if not changes:
+                return source
+            return _validate(type(source), source.model_dump() | changes, where)
+        values: dict[str, Any] = source.model_dump()
     elif isinstance(source, Mapping):
         values = dict(source)
+    elif isinstance(source, str | Path):
+        path = _file(source, found)
+        if path is None:
+            values = {KEY: str(source)}
+        else:
+            values, where = _read(path)
     else:
-        path = _file(source, among or registry())
-        values, lines = ({KEY: str(source)}, {}) if path is None else _read(path)
-    values |= overrides or {}
-    return _build(values, lines, among or registry())
+        raise ConfigError(
+            f"{source!r} is of type {type(source).__name__}; expected a strategy's name, a "
+            "preset's, a YAML file, a mapping or a Strategy"
+        )
+    # A file is not to blame for what is set over it.
+    where = {key: place for key, place in where.items() if key not in changes}
+    return _build(values | changes, where, found)
 
 
 def presets() -> dict[str, Path]:
@@ -72,92 +89,126 @@ def presets() -> dict[str, Path]:
 
 
 def json_schema(among: Registry | None = None) -> dict[str, Any]:
-    """JSON Schema of a configuration: one alternative per registered strategy, told apart by its name."""
-    alternatives = []
+    """JSON Schema of a configuration: one alternative per strategy, told apart by its name."""
     definitions: dict[str, Any] = {}
     for name, entry in sorted((among or registry()).strategies.items()):
-        schema = entry.cls.model_json_schema(ref_template="#/$defs/{model}")
-        definitions |= schema.pop("$defs", {})
+        # Models inside an option stay with their strategy: another may have one of the same name.
+        schema = entry.cls.model_json_schema(ref_template=f"#/$defs/{name}/$defs/{{model}}")
+        schema["description"] = schema.get("description", name).partition("\n\n")[0]
         schema["properties"] = {KEY: {"const": name}, **schema.get("properties", {})}
         schema["required"] = [KEY, *schema.get("required", [])]
-        definitions[entry.cls.__name__] = schema
-        alternatives.append({"$ref": f"#/$defs/{entry.cls.__name__}"})
+        definitions[name] = schema
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "tokenfuse configuration",
         "type": "object",
-        "oneOf": alternatives,
+        "oneOf": [{"$ref": f"#/$defs/{name}"} for name in definitions],
         "discriminator": {"propertyName": KEY},
         "$defs": definitions,
     }
 
 
 def _file(source: str | Path, among: Registry) -> Path | None:
-    """The file that ``source`` names, or None where it is a registered name (or a misspelt one)."""
+    """The file that ``source`` names, or None where it is a registered name."""
+    shipped = presets()
     if isinstance(source, str) and source in among.strategies:
         return None
-    if isinstance(source, str) and source in presets():
-        return presets()[source]
+    if isinstance(source, str) and source in shipped:
+        return shipped[source]
     path = Path(source)
-    if path.suffix in (".yaml", ".yml") or path.parent != Path():
-        if not path.is_file():
-            raise ConfigError(
-                f"configuration {path} is not a file; expected a YAML file, a strategy "
-                f"({', '.join(sorted(among.strategies))}) or a preset ({', '.join(presets())})"
-            )
+    if path.is_file():
         return path
-    return None
+    names = {*among.strategies, *shipped}
+    if isinstance(source, str) and not path.suffix and path.parent == Path():
+        raise UnknownNameError(
+            f'no strategy or preset is called "{source}": {did_you_mean(source, names)}'
+        )
+    raise ConfigError(
+        f"configuration {path} is not a file; expected a YAML file, or the name of a strategy or "
+        f"preset: {did_you_mean(path.stem, names)}"
+    )
+
+
+_KINDS = {
+    type(None): "nothing",
+    yaml.SequenceNode: "a list",
+    yaml.ScalarNode: "a single value",
+}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The mapping in a YAML file, and where each key stands."""
-    text = path.read_text(encoding="utf-8")
+    """The mapping in a YAML file, and the place of each key for messages; of the whole under ""."""
+    where = {"": f"{path}: "}
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        # Bytes: YAML says itself how they are encoded.
+        loader = yaml.SafeLoader(path.read_bytes())
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(
+                f"{path} holds {_KINDS[type(node)]}; expected a mapping such as {KEY}: ttf"
+            )
+        for key, _ in node.value:
+            place = f"{path}, line {key.start_mark.line + 1}: "
+            if str(key.value) in where:
+                raise ConfigError(f"{place}key {key.value} stands twice; remove one")
+            where[str(key.value)] = place
+        values: dict[str, Any] = loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(
-            f"{path} holds {type(values).__name__}; expected a mapping such as strategy: ttf"
-        )
-    lines: dict[str, str] = {}
-    for key, _ in node.value:
-        where = f"{path}, line {key.start_mark.line + 1}: "
-        if key.value in lines:
-            raise ConfigError(f"{where}key {key.value} stands twice; remove one")
-        lines[key.value] = where
-    return values, lines
+    return values, where
 
 
-def _build(values: dict[str, Any], lines: Mapping[str, str], among: Registry) -> Strategy:
+def _build(values: dict[str, Any], where: Mapping[str, str], among: Registry) -> Strategy:
+    """The strategy that ``values`` describe; ``where`` holds the place of each key in a file."""
     if KEY not in values:
+        given = f"got the keys {', '.join(map(str, values))}" if values else "got no key"
+        name = values.get("name", "ttf")
         raise ConfigError(
-            f"a configuration names its strategy; got the keys {', '.join(map(str, values))}; "
-            "expected a line such as strategy: ttf"
+            f"{where.get('', '')}a configuration names its strategy; {given}; expected a line such "
+            f"as {KEY}: {name}"
         )
-    name = values.pop(KEY)
+    name = values[KEY]
     if not isinstance(name, str):
-        raise ConfigError(f"{lines.get(KEY, '')}strategy: {name!r} is not a name; expected text")
+        raise ConfigError(f"{where.get(KEY, '')}{KEY}: {name!r} is not a name; expected text")
     try:
         cls = among.strategy(name)
-    except ConfigError as error:
-        raise type(error)(f"{lines.get(KEY, '')}{error}") from None
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{where.get(KEY, '')}{error}") from None
+    return _validate(cls, {key: value for key, value in values.items() if key != KEY}, where)
+
+
+def _validate(
+    cls: type[Strategy], options: Mapping[str, Any], where: Mapping[str, str]
+) -> Strategy:
     try:
-        return cls.model_validate(values)
+        return cls.model_validate(options)
     except ValidationError as error:
-        problems = [_explain(e, cls, lines) for e in error.errors()]
-        raise ConfigError("; ".join(problems)) from None
+        # An option that takes several types has one problem for each.
+        problems: dict[str, list[str]] = {}
+        for problem in error.errors():
+            subject, message = _explain(problem, cls, where)
+            problems.setdefault(subject, []).append(message)
+        raise ConfigError("; ".join(s + " or ".join(m) for s, m in problems.items())) from None
 
 
-def _explain(error: Any, cls: type[Strategy], lines: Mapping[str, str]) -> str:
-    key = str(error["loc"][0]) if error["loc"] else ""
-    where = lines.get(key, "")
-    given = error["input"]
-    if error["type"] == "extra_forbidden":
-        meant = _OTHER_RATIOS.get(key)
-        if meant and "keep_ratio" in cls.model_fields and isinstance(given, int | float):
-            return f"{where}unknown key {key}: use keep_ratio: {round(meant(given), 6):g}"
-        return f"{where}unknown key {key} of {cls.name}: {did_you_mean(key, cls.model_fields)}"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{where}{key}: {given!r} is wrong: {message}" if key else f"{cls.name}: {message}"
+def _explain(problem: Any, cls: type[Strategy], where: Mapping[str, str]) -> tuple[str, str]:
+    """What is wrong, and what was expected instead."""
+    given = problem["input"]
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    if not problem["loc"]:
+        return f"{where.get('', '')}{cls.name}: ", message
+    key, *inner = map(str, problem["loc"])
+    place = where.get(key, "")
+    if problem["type"] == "extra_forbidden" and not inner:
+        if key in _KEPT | _REMOVED and "keep_ratio" in cls.model_fields:
+            return f"{place}unknown key {key}: ", _as_keep_ratio(key, given)
+        return f"{place}unknown key {key} of {cls.name}: ", did_you_mean(key, cls.model_fields)
+    return f"{place}{key}: {given!r} is wrong: ", message
+
+
+def _as_keep_ratio(key: str, given: Any) -> str:
+    if isinstance(given, int | float):
+        ratio = given if key in _KEPT else 1 - given
+        if 0 < ratio <= 1:
+            return f"use keep_ratio: {ratio:.6g}"
+    return "use keep_ratio, the share of tokens that stay, in (0, 1]"

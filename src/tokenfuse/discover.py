@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def subclasses_in(package: str, base: type[T]) -> Iterator[type[T]]:
-    """Concrete public subclasses of ``base``, each from the module that defines it, by file name."""
+    """Concrete public subclasses of ``base``, each from the file that defines it, by file name."""
     root = importlib.import_module(package)
     for found in sorted(pkgutil.iter_modules(root.__path__), key=lambda m: m.name):
         module = importlib.import_module(f"{package}.{found.name}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tokenfuse.adapters.base import Adapter, Encoded, Plans
+from tokenfuse.adapters.base import PER_TOKEN, PIXELS, Adapter, Encoded, Plans
 from tokenfuse.config import StrategyLike, load_strategy
-from tokenfuse.errors import PromptError, UnsupportedModelError
+from tokenfuse.errors import ConfigError, PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
 from tokenfuse.realign import PaddingSide
 from tokenfuse.registry import Registry, registry
@@ -17,6 +19,9 @@ from tokenfuse.report import ItemReport, Report, kv_cache_bytes, prefill_flops, 
 from tokenfuse.strategies.base import Strategy
 from tokenfuse.timing import Stopwatch
 from tokenfuse.tokens import Modality
+
+# Reading the metadata of packages takes milliseconds.
+_versions = functools.cache(versions)
 
 
 class CompressedInputs(dict[str, Any]):
@@ -40,11 +45,13 @@ def compress(
     Strategy. Rows are padded again on the side on which they were padded, left where they were not;
     ``padding_side`` overrides that. Use the result once: ``model.generate(**short)``. Slice the
     answer by ``short["input_ids"]``. A prompt without images or videos comes back as it was, and
-    ``report.reason`` says so. The model gets the rope delta that a later turn needs; nothing else in
-    it changes. Gradients are recorded only while the model trains.
+    ``report.reason`` says so. The model gets the rope delta that a later turn needs; nothing else
+    in it changes. Gradients are recorded only while the model trains.
 
-    Raises ConfigError, UnsupportedModelError, PromptError or TokensError.
+    Raises ConfigError, UnsupportedModelError, PromptError, PlanError or TokensError.
     """
+    if padding_side not in (None, "left", "right"):
+        raise ConfigError(f"padding_side is {padding_side!r}; valid: left, right, None (as it is)")
     found = among or registry()
     return compress_with(
         found.adapter(model), inputs, load_strategy(strategy, among=found), padding_side, found
@@ -59,21 +66,18 @@ def compress_with(
     found: Registry,
 ) -> CompressedInputs:
     """``compress`` with the adapter and the strategy at hand."""
-    _refuse_unmet_needs(adapter, strategy)
-    ids = inputs.get("input_ids")
-    if ids is None or ids.ndim != 2:
-        raise PromptError(
-            "inputs hold no input_ids of shape (B, L); expected the processor's output, "
-            "not inputs_embeds"
-        )
+    refuse_unmet_needs(adapter, strategy)
+    _check_prompt(adapter, inputs)
     if not adapter.has_visuals(inputs):
         return _unchanged(adapter, inputs, strategy, found)
-    watch = Stopwatch(ids.device)
+    watch = Stopwatch(adapter.model.device)
     with torch.set_grad_enabled(torch.is_grad_enabled() and adapter.model.training):
         encoded = adapter.encode(inputs)
         watch.lap()
         plans = _plan(encoded, strategy, found)
-        fused = {part.modality: adapter.fuse(part, plans[part.modality], strategy) for part in encoded}
+        fused = {
+            part.modality: adapter.fuse(part, plans[part.modality], strategy) for part in encoded
+        }
         watch.lap()
     prompt, new = adapter.realign(inputs, encoded, plans, strategy.positions, padding_side)
     watch.lap()
@@ -90,7 +94,8 @@ def compress_with(
     return short
 
 
-def _refuse_unmet_needs(adapter: Adapter, strategy: Strategy) -> None:
+def refuse_unmet_needs(adapter: Adapter, strategy: Strategy) -> None:
+    """Raise UnsupportedModelError unless the strategy can run before this model's LLM."""
     if strategy.stage != "pre_llm":
         raise UnsupportedModelError(
             f"strategy {strategy.name} acts at stage {strategy.stage}; compress and attach act at "
@@ -102,6 +107,85 @@ def _refuse_unmet_needs(adapter: Adapter, strategy: Strategy) -> None:
             f"strategy {strategy.name} needs {', '.join(sorted(unmet))}, which adapter "
             f"{adapter.name} does not supply: choose a strategy that needs features only"
         )
+
+
+def _check_prompt(adapter: Adapter, inputs: Mapping[str, Any]) -> None:
+    """Raise PromptError where the inputs cannot be shortened without changing what they mean."""
+    ids = getattr(inputs, "get", lambda _: None)("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise PromptError(
+            "inputs hold no input_ids of shape (B, L); expected the processor's output with "
+            'return_tensors="pt", not inputs_embeds'
+        )
+    if inputs.get("mm_encoder_outputs"):
+        raise PromptError(
+            "inputs hold mm_encoder_outputs, features that are encoded or compressed already; "
+            "expected pixels: pass the processor's output, or leave the attach block"
+        )
+    if filled_length(inputs.get("past_key_values")):
+        if adapter.has_visuals(inputs):
+            raise PromptError(
+                "past_key_values already hold a prompt, and the inputs bring images or videos; "
+                "expected an empty cache, or under attach one that its generate filled: start with "
+                "a new cache and the whole conversation"
+            )
+        return
+    if not adapter.has_visuals(inputs):
+        # Placeholders without pixels would be read as if they were words.
+        adapter.kept_columns(ids, [], {})
+        return
+    for name in ("inputs_embeds", "cu_seq_lens_q", "cu_seq_lens_k"):
+        if inputs.get(name) is not None:
+            raise PromptError(
+                f"inputs hold {name}, which cannot be shortened; expected the processor's output, "
+                "one prompt per row"
+            )
+    if isinstance(inputs.get("logits_to_keep"), Tensor):
+        raise PromptError(
+            "logits_to_keep is a tensor of columns, which move; expected a number of last columns"
+        )
+    mask, pad = inputs.get("attention_mask"), adapter.pad_id()
+    if mask is None and pad is not None and bool((ids == pad).any()):
+        raise PromptError(
+            "input_ids hold the padding token, and attention_mask is missing; expected (B, L): "
+            "pass the processor's attention_mask"
+        )
+    for name in ("attention_mask", *PER_TOKEN):
+        value = inputs.get(name)
+        if value is not None and getattr(value, "shape", None) != ids.shape:
+            raise PromptError(
+                f"{name} has shape {tuple(getattr(value, 'shape', ()))}; expected (B, L) as "
+                f"input_ids, {tuple(ids.shape)}"
+            )
+    _check_positions(inputs.get("position_ids"), mask, ids)
+    known = {"input_ids", "attention_mask", "position_ids", *PER_TOKEN, *PIXELS.values()}
+    for name, value in inputs.items():
+        if name not in known and isinstance(value, Tensor) and value.shape[:2] == ids.shape:
+            raise PromptError(
+                f"{name} has one column per prompt token, and tokenfuse does not know how to "
+                f"shorten it; expected the processor's output: leave {name} out"
+            )
+
+
+def _check_positions(positions: Tensor | None, mask: Tensor | None, ids: Tensor) -> None:
+    if positions is None:
+        return
+    if positions.shape[-1] != ids.shape[1] or positions.ndim not in (2, 3):
+        raise PromptError(
+            f"position_ids have shape {tuple(positions.shape)}; expected (B, L), (3, B, L) or "
+            f"(4, B, L) with L = {ids.shape[1]}, or none: the model computes them"
+        )
+    text = positions[0] if positions.ndim == 3 and positions.shape[0] == 4 else positions
+    if mask is None and text.ndim == 2 and bool((text.diff() <= 0).any()):
+        raise PromptError(
+            "position_ids start anew within a row, as of several prompts packed into one; expected "
+            "one prompt per row: pad instead of packing"
+        )
+
+
+def filled_length(cache: Any) -> int:
+    """How many positions a cache holds; 0 for none."""
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
 def _plan(
@@ -123,8 +207,9 @@ def _unchanged(
 ) -> CompressedInputs:
     same = CompressedInputs(inputs)
     same.plans = {}
-    mask = inputs.get("attention_mask")
-    mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        mask = torch.ones_like(ids)
     lengths = mask.sum(-1).tolist()
     same.report = _report(adapter, strategy, [], {}, lengths, lengths, [0.0, 0.0, 0.0])
     found.observe("tokenfuse_compressed", report=same.report)
@@ -170,7 +255,7 @@ def _report(
         encode_ms=laps[0],
         plan_ms=laps[1],
         realign_ms=laps[2],
-        versions=versions(),
+        versions=_versions(),
     )
 
 
@@ -180,7 +265,7 @@ def _reason(items: list[ItemReport]) -> str | None:
     if all(item.tokens_after == item.tokens_before for item in items):
         kinds = {item.modality for item in items}
         if all(item.grid[0] == 1 for item in items):
-            return f"one frame only in each {' and '.join(sorted(kinds))}: nothing to compare it with"
+            one = " and ".join(sorted(kinds))
+            return f"the strategy kept every token: one frame only in each {one}"
         return "the strategy kept every token"
     return None
-

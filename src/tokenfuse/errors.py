@@ -66,6 +66,6 @@ class VideoError(TokenFuseError, ValueError):
 def did_you_mean(given: str, valid: Iterable[str]) -> str:
     """``'did you mean "x"? '`` for the nearest valid name, or nothing, then all valid names."""
     names = sorted(valid)
-    near = difflib.get_close_matches(given, names, n=1)
+    near = difflib.get_close_matches(given.lower(), names, n=1)
     hint = f'did you mean "{near[0]}"? ' if near else ""
     return f"{hint}valid: {', '.join(names) or 'none'}"

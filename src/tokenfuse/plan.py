@@ -39,14 +39,14 @@ class FusionPlan:
 
     @classmethod
     def from_survivors(cls, survivors: Int[Tensor, " M"], n: int) -> FusionPlan:
-        """The plan that keeps ``survivors`` (strictly increasing) of ``n`` tokens and drops the rest."""
+        """The plan that keeps ``survivors`` (strictly increasing) of ``n`` and drops the rest."""
         target = torch.full((n,), DROPPED, dtype=torch.long, device=survivors.device)
         slots = torch.arange(survivors.shape[0], device=survivors.device)
         return cls(survivors, target.scatter(0, survivors, slots))
 
     @classmethod
     def from_roots(cls, survivors: Int[Tensor, " M"], roots: Int[Tensor, " N"]) -> FusionPlan:
-        """The plan in which source token ``i`` belongs to the survivor whose source index is ``roots[i]``."""
+        """The plan in which token ``i`` belongs to the survivor at source index ``roots[i]``."""
         slots = cls.from_survivors(survivors, roots.shape[0]).target
         return cls(survivors, slots[roots])
 
@@ -85,25 +85,35 @@ class FusionPlan:
         return counts.index_add(0, self.survivors // (h * w), torch.ones_like(self.survivors))
 
     def select(self, x: Tensor) -> Tensor:
-        """The survivors' rows of ``x (N, ...)``, unchanged: ``(M, ...)``."""
+        """The survivors' rows of ``x (N, ...)``, unchanged: ``(M, ...)``.
+
+        Raises PlanError if ``x`` has not N rows.
+        """
+        _check_rows(x, self.num_source)
         return x if self.is_identity else x[self.survivors]
 
-    def fuse(self, x: Float[Tensor, "N D"], reduce: Reduce = "mean") -> Float[Tensor, "M D"]:
+    def fuse(self, x: Float[Tensor, "N ..."], reduce: Reduce = "mean") -> Float[Tensor, "M ..."]:
         """One row per survivor: the mean of all that belong to it, or its own row.
 
         The mean is accumulated in fp32 (fp64 for fp64) and returned in the dtype of ``x``.
+
+        Raises PlanError if ``x`` has not N rows.
         """
         if reduce == "keep" or self.is_identity:
             return self.select(x)
+        _check_rows(x, self.num_source)
         wide = torch.promote_types(x.dtype, torch.float32)
         total = self._sum(x.to(wide))
-        return (total / self.sizes.to(wide)[:, None]).to(x.dtype)
+        return (total / _column(self.sizes, x).to(wide)).to(x.dtype)
 
     def expand(self, y: Tensor) -> Tensor:
-        """Undo the merge: every source position gets its survivor's row of ``y (M, ...)``, dropped ones 0."""
+        """Undo the merge: each source position gets its survivor's row of ``y (M, ...)``, or 0.
+
+        Raises PlanError if ``y`` has not M rows.
+        """
+        _check_rows(y, self.num_kept)
         rows = y[self.target.clamp_min(0)]
-        kept = (self.target != DROPPED).view(-1, *[1] * (y.ndim - 1))
-        return torch.where(kept, rows, torch.zeros_like(rows))
+        return torch.where(_column(self.target != DROPPED, y), rows, torch.zeros_like(rows))
 
     def compose(self, then: FusionPlan) -> FusionPlan:
         """This plan followed by ``then``, a plan for this plan's survivors, as one plan.
@@ -120,7 +130,12 @@ class FusionPlan:
         return FusionPlan(self.survivors[then.survivors], target)
 
     def check(self, n: int) -> None:
-        """Raise PlanError unless this is a valid plan for ``n`` tokens. One host synchronisation."""
+        """Raise PlanError unless this is a valid plan for ``n`` tokens. Synchronises once."""
+        if {self.survivors.dtype, self.target.dtype} != {torch.long}:
+            raise PlanError(
+                f"a plan has survivors of {self.survivors.dtype} and target of "
+                f"{self.target.dtype}; expected torch.long for both"
+            )
         if self.survivors.ndim != 1 or self.target.ndim != 1 or self.num_source != n:
             raise PlanError(
                 f"a plan has survivors {tuple(self.survivors.shape)} and target "
@@ -147,6 +162,17 @@ class FusionPlan:
         slot = torch.where(self.target == DROPPED, self.num_kept, self.target)
         total = x.new_zeros((self.num_kept + 1, *x.shape[1:]))
         return total.index_add_(0, slot, x)[:-1]
+
+
+def _check_rows(x: Tensor, rows: int) -> None:
+    if x.ndim == 0 or x.shape[0] != rows:
+        raise PlanError(
+            f"a tensor of shape {tuple(x.shape)} does not fit the plan; expected {rows} rows"
+        )
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 _RULES = (

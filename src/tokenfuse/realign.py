@@ -39,7 +39,7 @@ class Realigned:
 
 
 def padding_side(mask: Int[Tensor, "B L"]) -> PaddingSide:
-    """The side on which ``mask`` is padded; left, which generation needs, where nothing is. One sync."""
+    """The side on which ``mask`` is padded; left, for generation, where it is not. One sync."""
     return "right" if bool((mask[:, -1:] == 0).any()) and bool((mask[:, :1] != 0).any()) else "left"
 
 
@@ -55,10 +55,12 @@ def shorten(mask: Int[Tensor, "B L"], keep: Bool[Tensor, "B L"], side: PaddingSi
     length = int(counts.max())
     # A stable sort brings each row's survivors together in order.
     if side == "left":
-        columns = torch.argsort(kept.to(torch.uint8), dim=-1, stable=True)[:, -length:]
+        order = torch.argsort(kept.to(torch.uint8), dim=-1, stable=True)
+        columns = order[:, mask.shape[1] - length :]
         valid = torch.arange(length, device=mask.device) >= (length - counts)[:, None]
     else:
-        columns = torch.argsort(kept.logical_not().to(torch.uint8), dim=-1, stable=True)[:, :length]
+        order = torch.argsort(kept.logical_not().to(torch.uint8), dim=-1, stable=True)
+        columns = order[:, :length]
         valid = torch.arange(length, device=mask.device) < counts[:, None]
     return Realigned(columns, valid, before - counts)
 
@@ -83,3 +85,15 @@ def realign_positions(
     if positions.ndim == 3 and positions.shape[0] == 4:
         taken[0] = counted
     return taken
+
+
+def next_position_delta(positions: Int[Tensor, "... B M"], new: Realigned) -> Int[Tensor, "B 1"]:
+    """What turns the count of each row's tokens into the rope position that comes next.
+
+    ``positions`` are those of the shorter prompt, rows as in ``realign_positions``.
+    """
+    rope = positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 else positions
+    last = rope.masked_fill(~new.valid, -1).amax(-1)
+    if last.ndim == 2:
+        last = last.amax(0)
+    return (last + 1 - new.valid.sum(-1))[:, None]

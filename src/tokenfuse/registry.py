@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import inspect
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 import pluggy
@@ -36,32 +36,44 @@ class Registered(Generic[T]):
     distribution: str
 
 
+@dataclass(frozen=True)
+class _Plugin:
+    """A module or object with hooks, its distribution, and a manager of its own."""
+
+    module: object
+    origin: str
+    # One manager each: a plugin that fails disturbs no other, and none has to be hashable.
+    manager: pluggy.PluginManager
+
+
 class Registry:
     """Strategies and adapters of tokenfuse itself, of installed plugins, and of given modules.
 
     Plugins are installed distributions with an entry point in the group ``tokenfuse``. The
     environment variable ``TOKENFUSE_PLUGINS`` limits them: empty for none, or names with commas.
+
+    A plugin that cannot be loaded or used is named in a PluginWarning, and the rest keeps working.
+    Raises PluginError for a name that is registered twice.
     """
 
-    def __init__(self, modules: Iterable[ModuleType | object] = (), *, installed: bool = True) -> None:
+    def __init__(self, modules: Iterable[object] = (), *, installed: bool = True) -> None:
         self.strategies: dict[str, Registered[Strategy]] = {}
         self.adapters: dict[str, Registered[Adapter]] = {}
-        self._pm = pluggy.PluginManager(PROJECT)
-        self._pm.add_hookspecs(hookspecs)
-        self._origin: dict[Any, str] = {}
+        self._plugins: list[_Plugin] = []
         self._add(builtin_strategies, PROJECT)
         self._add(builtin_adapters, PROJECT)
         for module in modules:
             self._add(module, getattr(module, "__name__", type(module).__name__))
         for point in _entry_points() if installed else ():
-            origin = point.dist.name if point.dist else point.value
+            origin = getattr(point.dist, "name", None) or point.value
             try:
-                self._add(point.load(), origin)
+                module = point.load()
             except Exception as error:
                 _warn(origin, f"cannot be loaded ({point.value})", error)
-        self._refuse_unknown_hooks()
-        self._call("tokenfuse_register_strategies", "strategies", Strategy)
-        self._call("tokenfuse_register_adapters", "adapters", Adapter)
+            else:
+                self._add(module, origin)
+        self._fill(self.strategies, Strategy, "tokenfuse_register_strategies")
+        self._fill(self.adapters, Adapter, "tokenfuse_register_adapters")
 
     def strategy(self, name: str) -> type[Strategy]:
         """The strategy class of that name. Raises UnknownNameError."""
@@ -72,87 +84,111 @@ class Registry:
         return self.strategies[name].cls
 
     def adapter(self, model: Any) -> Adapter:
-        """The most specific adapter that matches ``model``. Raises UnsupportedModelError."""
-        fitting = [r.cls for r in self.adapters.values() if r.cls.matches(model)]
-        if not fitting:
-            kind = getattr(getattr(model, "config", None), "model_type", None)
-            raise UnsupportedModelError(
-                f"no adapter matches {type(model).__name__} (model_type {kind!r}); expected a "
-                f"transformers model for one of: {', '.join(sorted(self.adapters))}. "
-                "An adapter of your own is one class: see docs/how-to/write-an-adapter.md"
-            )
-        # A subclass says more about the model than its base does.
-        return max(fitting, key=lambda cls: len(cls.__mro__))(model)
+        """The most derived adapter that matches ``model``. Raises UnsupportedModelError.
+
+        Between classes of which neither derives from the other, the first registered wins, and
+        built-ins are registered first.
+        """
+        fitting = [entry.cls for entry in self.adapters.values() if _matches(entry, model)]
+        for cls in fitting:
+            if not any(other is not cls and issubclass(other, cls) for other in fitting):
+                return cls(model)
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        raise UnsupportedModelError(
+            f"no adapter matches {type(model).__name__} (model_type {kind!r}); expected a "
+            f"transformers model for one of: {', '.join(sorted(self.adapters))}. "
+            "An adapter of your own is one class: see docs/how-to/write-an-adapter.md"
+        )
 
     def observe(self, hook: str, **arguments: Any) -> None:
         """Call an observing hook of every plugin; one that raises is named in a warning."""
-        for plugin, caller in self._callers(hook):
-            try:
-                caller(**arguments)
-            except Exception as error:
-                _warn(self._origin[plugin], f"raised in {hook}", error)
+        for plugin in self._plugins:
+            _call(plugin, hook, arguments)
 
-    def _add(self, plugin: Any, origin: str) -> None:
-        self._origin[plugin] = origin
-        self._pm.register(plugin)
+    def _add(self, module: object, origin: str) -> None:
+        if any(module is plugin.module for plugin in self._plugins):
+            return
+        manager = pluggy.PluginManager(PROJECT)
+        manager.add_hookspecs(hookspecs)
+        try:
+            manager.register(module)
+            manager.check_pending()
+            if not manager.get_hookcallers(module):
+                raise PluginError(
+                    f"{module!r} implements no hook; expected a function such as "
+                    "tokenfuse_register_strategies, marked by @tokenfuse.hookimpl"
+                )
+        except Exception as error:
+            _warn(origin, "is left out", error)
+        else:
+            self._plugins.append(_Plugin(module, origin, manager))
 
-    def _refuse_unknown_hooks(self) -> None:
-        while True:
-            try:
-                self._pm.check_pending()
-            except pluggy.PluginValidationError as error:
-                _warn(self._origin[error.plugin], "is left out", error)
-                self._pm.unregister(error.plugin)
-            else:
-                return
-
-    def _callers(self, hook: str) -> Iterator[tuple[Any, Any]]:
-        """Each plugin that implements ``hook``, with a caller for it alone: one failure stops no other."""
-        plugins = self._pm.get_plugins()
-        for impl in getattr(self._pm.hook, hook).get_hookimpls():
-            others = plugins - {impl.plugin}
-            yield impl.plugin, self._pm.subset_hook_caller(hook, others)
-
-    def _call(self, hook: str, kind: str, base: type[Any]) -> None:
-        table: dict[str, Registered[Any]] = getattr(self, kind)
-        for plugin, caller in self._callers(hook):
-            origin = self._origin[plugin]
-
-            def register(cls: type[Any], origin: str = origin) -> None:
-                name = getattr(cls, "name", None)
-                if not (isinstance(cls, type) and issubclass(cls, base) and isinstance(name, str)):
+    def _fill(self, table: dict[str, Registered[Any]], base: type[Any], hook: str) -> None:
+        for plugin in self._plugins:
+            given: list[type[Any]] = []
+            _call(plugin, hook, {"register": functools.partial(_accept, given, base)})
+            for cls in given:
+                if cls.name in table:
+                    first = table[cls.name].distribution
                     raise PluginError(
-                        f"{origin} registers {cls!r}; expected a subclass of "
-                        f"{base.__module__}.{base.__name__} with a class attribute name: str"
+                        f'{base.__name__.lower()} "{cls.name}" is registered twice, by {first} and '
+                        f"by {plugin.origin}: rename one, or leave one out with TOKENFUSE_PLUGINS"
                     )
-                if name in table:
-                    raise PluginError(
-                        f'{kind} "{name}" is registered twice, by {table[name].distribution} and '
-                        f"by {origin}: rename one, or leave one out with TOKENFUSE_PLUGINS"
-                    )
-                table[name] = Registered(cls, origin)
-
-            try:
-                caller(register=register)
-            except PluginError:
-                raise
-            except Exception as error:
-                _warn(origin, f"raised in {hook}", error)
+                table[cls.name] = Registered(cls, plugin.origin)
 
 
-def _entry_points() -> Iterator[importlib.metadata.EntryPoint]:
+def _accept(given: list[type[Any]], base: type[Any], cls: Any) -> None:
+    """What hooks get as ``register``: note a class, or raise PluginError if it cannot be used."""
+    if (
+        not isinstance(cls, type)
+        or not issubclass(cls, base)
+        or inspect.isabstract(cls)
+        or not isinstance(getattr(cls, "name", None), str)
+    ):
+        raise PluginError(
+            f"{cls!r} is registered; expected a concrete subclass of "
+            f"{base.__module__}.{base.__name__} with a class attribute name: str"
+        )
+    given.append(cls)
+
+
+def _call(plugin: _Plugin, hook: str, arguments: dict[str, Any]) -> None:
+    try:
+        getattr(plugin.manager.hook, hook)(**arguments)
+    except Exception as error:
+        _warn(plugin.origin, f"raised in {hook}", error)
+
+
+def _matches(entry: Registered[Adapter], model: Any) -> bool:
+    try:
+        return bool(entry.cls.matches(model))
+    except Exception as error:
+        _warn(entry.distribution, f"raised in {entry.cls.__name__}.matches", error)
+        return False
+
+
+def _entry_points() -> list[importlib.metadata.EntryPoint]:
+    points = list(importlib.metadata.entry_points(group=PROJECT))
     allowed = os.environ.get("TOKENFUSE_PLUGINS")
-    names = None if allowed is None else {name.strip() for name in allowed.split(",")}
-    for point in importlib.metadata.entry_points(group=PROJECT):
-        if names is None or point.name in names:
-            yield point
+    if allowed is None:
+        return points
+    names = {name.strip() for name in allowed.split(",")} - {""}
+    installed = {point.name for point in points}
+    for name in sorted(names - installed):
+        warnings.warn(
+            f'TOKENFUSE_PLUGINS names "{name}", which is not installed: '
+            f"{did_you_mean(name, installed)}",
+            PluginWarning,
+            stacklevel=2,
+        )
+    return [point for point in points if point.name in names]
 
 
 def _warn(origin: str, what: str, error: Exception) -> None:
     warnings.warn(
         f"tokenfuse plugin {origin} {what}: {type(error).__name__}: {error}",
         PluginWarning,
-        stacklevel=3,
+        stacklevel=2,
     )
 
 

@@ -13,12 +13,13 @@ from tokenfuse.tokens import Grid, Modality
 
 FLOPS_FORMULA = (
     "multiply-adds, counted once: layers * (L * (2*h*q + 2*h*kv + 3*h*f) + L^2 * q), "
-    "L prompt length, h hidden, q and kv query and key width, f feed-forward width (active experts)"
+    "causal; L prompt length, h hidden, q and kv query and key width, "
+    "f feed-forward width (active experts)"
 )
 
 
 class ItemReport(BaseModel):
-    """One image or video: its grid ``(T, H, W)`` and its tokens before and after, in all and per frame."""
+    """One image or video: its grid ``(T, H, W)`` and its tokens, in all and per frame."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -30,14 +31,15 @@ class ItemReport(BaseModel):
 
     @property
     def frame_tokens_before(self) -> int:
+        """Tokens of each frame before, the same for all."""
         return self.grid[1] * self.grid[2]
 
 
 class Report(BaseModel):
     """Figures of one compressed prompt. Lengths are tokens, one per row of the batch.
 
-    ``prefill_flops_*`` and ``matching_flops`` are multiply-adds; ``flops_formula`` says how they are
-    counted. ``*_ms`` are measured wall-clock milliseconds of this call.
+    ``prefill_flops_*`` and ``matching_flops`` are multiply-adds; ``flops_formula`` says how they
+    are counted. ``*_ms`` are measured wall-clock milliseconds of this call.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -62,21 +64,25 @@ class Report(BaseModel):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def tokens_before(self) -> int:
+        """Visual tokens of all items before."""
         return sum(item.tokens_before for item in self.items)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def tokens_after(self) -> int:
+        """Visual tokens of all items after."""
         return sum(item.tokens_after for item in self.items)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def keep_ratio(self) -> float:
+        """Survivors ÷ source tokens over all items, 1.0 where there is none."""
         return self.tokens_after / self.tokens_before if self.tokens_before else 1.0
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def reduction(self) -> float:
+        """1 - keep ratio."""
         return 1 - self.keep_ratio
 
     @property
@@ -85,12 +91,15 @@ class Report(BaseModel):
         return self.plan_ms + self.realign_ms
 
     def __str__(self) -> str:
+        cache = size(self.kv_cache_bytes_before), size(self.kv_cache_bytes_after)
+        prefill = flops(self.prefill_flops_before), flops(self.prefill_flops_after)
         lines = [
             f"strategy      {self.strategy['strategy']} on {self.adapter}",
-            f"visual tokens {self.tokens_before} -> {self.tokens_after} ({self.reduction:.1%} removed)",
+            f"visual tokens {self.tokens_before} -> {self.tokens_after} "
+            f"({self.reduction:.1%} removed)",
             f"prompt        {_lengths(self.prompt_before)} -> {_lengths(self.prompt_after)} tokens",
-            f"KV cache      {size(self.kv_cache_bytes_before)} -> {size(self.kv_cache_bytes_after)}",
-            f"prefill       {flops(self.prefill_flops_before)} -> {flops(self.prefill_flops_after)}",
+            f"KV cache      {' -> '.join(cache)}",
+            f"prefill       {' -> '.join(prefill)}",
             f"matching      {flops(self.matching_flops)} in {self.plan_ms:.1f} ms, "
             f"realignment {self.realign_ms:.1f} ms",
         ]
@@ -100,6 +109,8 @@ class Report(BaseModel):
                 f"{item.modality} {i}: {item.tokens_before} -> {item.tokens_after}; of "
                 f"{item.frame_tokens_before} per frame: {frames}"
             )
+        if self.matching_flops > self.prefill_flops_before - self.prefill_flops_after:
+            lines.append("slower: matching costs more than the shorter prefill saves")
         if self.reason:
             lines.append(f"not compressed: {self.reason}")
         return "\n".join(lines)
@@ -116,11 +127,11 @@ def versions() -> dict[str, str]:
 def prefill_flops(config: Any, lengths: Sequence[int]) -> int:
     """Multiply-adds of the decoder over prompts of these lengths, by FLOPS_FORMULA."""
     hidden, head = config.hidden_size, _head_dim(config)
-    q = config.num_attention_heads * head
+    q: int = config.num_attention_heads * head
     kv = config.num_key_value_heads * head
     experts = getattr(config, "num_experts_per_tok", None)
     wide = config.moe_intermediate_size * experts if experts else config.intermediate_size
-    weights = 2 * hidden * q + 2 * hidden * kv + 3 * hidden * wide
+    weights: int = 2 * hidden * q + 2 * hidden * kv + 3 * hidden * wide
     layers: int = config.num_hidden_layers
     return layers * sum(n * weights + n * n * q for n in lengths)
 
@@ -151,8 +162,10 @@ def flops(count: float) -> str:
 
 
 def _scaled(count: float, units: Sequence[str]) -> str:
-    for unit in units[:-1]:
-        if abs(count) < 1000:
+    *smaller, largest = units
+    for unit in smaller:
+        # From 999.5 on, three digits would read 1e+03.
+        if abs(count) < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} {units[-1]}"
+    return f"{count:.3g} {largest}" if abs(count) < 999.5 else f"{count:.0f} {largest}"

@@ -1,35 +1,39 @@
-"""``attach``: a model's own ``generate`` and ``forward``, with compression, for the length of a block."""
+"""``attach``: a model's own ``generate`` and ``forward``, with compression, inside a block."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from tokenfuse.adapters.base import MODALITIES, PIXELS
+from tokenfuse.callers import as_the_caller_means
 from tokenfuse.config import StrategyLike, load_strategy
-from tokenfuse.engine import CompressedInputs, compress_with
+from tokenfuse.engine import CompressedInputs, compress_with, filled_length, refuse_unmet_needs
 from tokenfuse.errors import AttachError, PromptError
 from tokenfuse.registry import Registry, registry
 from tokenfuse.report import Report
+from tokenfuse.strategies.base import Strategy
 
-MARK = "_tokenfuse_session"
 WRAPPED = ("generate", "forward")
+MARK = "_tokenfuse_session"
+TURN = "_tokenfuse_turn"
+"""Name under which a cache carries what it holds, so that a copy of the cache carries it too."""
 
 
 def attach(model: Any, strategy: StrategyLike, *, among: Registry | None = None) -> Session:
     """Compress every prompt that ``model`` gets inside a ``with`` block.
 
     ``generate`` returns what it always returns: the caller's own prompt, then the answer. Calling
-    the model returns logits of the shorter prompt. A later turn on the same cache works when its
-    ids begin with the earlier prompt. Leaving the block, also by an exception, restores the model.
+    the model returns logits of the shorter prompt. Inside the block a later turn on the same cache
+    works when its ids begin with the earlier ones. Leaving the block, also by an exception,
+    restores the model.
 
     Raises ConfigError, UnsupportedModelError, and AttachError if the model is attached already.
     """
@@ -39,47 +43,88 @@ def attach(model: Any, strategy: StrategyLike, *, among: Registry | None = None)
 
 @dataclass(frozen=True, eq=False)
 class _Turn:
-    """What a cache holds: the caller's prompt ``(B, L)`` and the short one ``(B, L')`` in its place."""
+    """What a cache holds: the short prompt ``(B, L')`` where the caller has his prompt ``(B, L)``.
 
-    prompt: Tensor
+    ``seen``: the caller's prompt and all that followed it into the cache.
+    """
+
+    length: int
+    seen: Tensor
     short: Tensor
     mask: Tensor
     positions: Tensor
 
+    @classmethod
+    def of(cls, prompt: Tensor, short: Mapping[str, Any]) -> _Turn:
+        names = ("input_ids", "attention_mask", "position_ids")
+        return cls(prompt.shape[1], prompt, *(short[name] for name in names))
+
+    @property
+    def removed(self) -> int:
+        return self.length - self.short.shape[1]
+
+    def holds(self, held: int) -> bool:
+        """Whether a cache that stands for ``held`` of the caller's tokens still is this turn's."""
+        return self.length <= held <= self.seen.shape[1]
+
+    def begins(self, ids: Tensor, held: int) -> bool:
+        """Whether ``ids`` begin with those ``held`` tokens, and go on."""
+        fits = self.holds(held) and len(ids) == len(self.seen) and held < ids.shape[1]
+        return fits and torch.equal(ids[:, :held].to(self.seen.device), self.seen[:, :held])
+
     def repeat(self, times: int) -> _Turn:
-        return _Turn(
-            self.prompt.repeat_interleave(times, 0),
-            self.short.repeat_interleave(times, 0),
-            self.mask.repeat_interleave(times, 0),
-            self.positions.repeat_interleave(times, -2),
-        )
+        """The turn of a batch whose rows were repeated, as for several answers to one prompt."""
+        rows = {
+            name: getattr(self, name).repeat_interleave(times, 0)
+            for name in ("seen", "short", "mask")
+        }
+        return replace(self, **rows, positions=self.positions.repeat_interleave(times, -2))
+
+    def extend(self, new: Tensor, given: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
+        """Mask and positions when the ``new`` tokens end the caller's ``total`` tokens.
+
+        ``given`` is the caller's mask for all of these. Positions go on from the prompt's highest,
+        which is that of its last text; padding has 0.
+        """
+        if given is None:
+            given = torch.ones_like(self.mask[:, :1]).expand(-1, total)
+        if given.shape != (len(new), total):
+            raise PromptError(
+                f"attention_mask has shape {tuple(given.shape)}; expected {(len(new), total)}: one "
+                "column per token of the conversation so far, the cached ones included"
+            )
+        later = given[:, self.length :].to(self.mask.dtype)
+        last = self.positions.amax(-1, keepdim=True)
+        after = last + later.cumsum(-1).to(self.positions.dtype)
+        return torch.cat([self.mask, later], -1), torch.cat([self.positions, after], -1)
 
 
 class Session:
     """An attached model. ``report`` is the last prompt's Report, or None before the first."""
 
-    def __init__(self, model: Any, strategy: Any, found: Registry) -> None:
+    def __init__(self, model: Any, strategy: Strategy, found: Registry) -> None:
         self.model = model
         self.strategy = strategy
         self.adapter = found.adapter(model)
+        refuse_unmet_needs(self.adapter, strategy)
         self.report: Report | None = None
         self._found = found
-        self._turns: WeakKeyDictionary[Any, _Turn] = WeakKeyDictionary()
-        self._replaced: dict[str, Any] = {}
+        self._own: dict[str, Any] = {}
+        self._wrapped: dict[str, Any] = {}
         self._delta: Tensor | None = None
 
     def __enter__(self) -> Session:
-        if MARK in self.model.__dict__:
+        attributes = vars(self.model)
+        if MARK in attributes:
             raise AttachError(
                 f"this {type(self.model).__name__} is already attached; expected one session per "
                 "model at a time: leave the outer with-block first"
             )
         self._delta = self.adapter.position_delta()
-        for name in WRAPPED:
-            if name in self.model.__dict__:
-                self._replaced[name] = self.model.__dict__[name]
-            original = getattr(self.model, name)
-            setattr(self.model, name, self._wrap(original, getattr(self, f"_{name}")))
+        self._own = {name: attributes[name] for name in WRAPPED if name in attributes}
+        for name, instead in (("generate", self._generate), ("forward", self._forward)):
+            self._wrapped[name] = _wrap(getattr(self.model, name), instead)
+            setattr(self.model, name, self._wrapped[name])
         setattr(self.model, MARK, self)
         return self
 
@@ -89,150 +134,161 @@ class Session:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for name in (*WRAPPED, MARK):
-            delattr(self.model, name)
-        for name, value in self._replaced.items():
-            setattr(self.model, name, value)
-        self._replaced.clear()
-        self._turns.clear()
+        delattr(self.model, MARK)
+        for name in WRAPPED:
+            self._unwrap(name)
         self.adapter.set_position_delta(self._delta)
 
-    def _wrap(self, original: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
-        names = [
-            name
-            for name, parameter in inspect.signature(original).parameters.items()
-            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        ]
-
-        # transformers reads both methods' signatures; wraps keeps them.
-        @functools.wraps(original)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return instead(original, dict(zip(names, args, strict=False)) | kwargs)
-
-        return wrapped
+    def _unwrap(self, name: str) -> None:
+        if name in self._own:
+            setattr(self.model, name, self._own[name])
+        else:
+            vars(self.model).pop(name, None)
 
     def _forward(self, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        if not self.adapter.has_visuals(inputs):
-            return original(**inputs)
-        self._refuse_filled_cache(inputs)
-        return original(**self._compress(inputs))
+        turn = _turn_of(inputs.get("past_key_values"))
+        if turn is not None:
+            inputs, turn = self._step(inputs, turn)
+        elif self._bring_a_prompt(inputs):
+            short = self._compress(inputs)
+            if short.plans:
+                turn = _Turn.of(inputs["input_ids"], short)
+            inputs = short
+        output = original(**inputs)
+        values = output if isinstance(output, tuple) else output.values()
+        for cache in (value for value in values if filled_length(value)):
+            _remember(cache, turn)
+        return output
 
     @torch.no_grad()
     def _generate(self, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        # generate calls forward once per token, with inputs that are short already.
+        self._unwrap("forward")
+        try:
+            return self._short_generate(original, inputs)
+        finally:
+            self.model.forward = self._wrapped["forward"]
+
+    def _short_generate(self, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         if inputs.get("input_ids") is None and inputs.get("inputs") is not None:
             inputs["input_ids"] = inputs.pop("inputs")
         cache = inputs.get("past_key_values")
-        if cache is not None and cache in self._turns:
-            short, turn = self._continue(inputs, self._turns[cache])
-        elif inputs.get("input_ids") is None:
-            return original(**inputs)
-        else:
-            self._refuse_filled_cache(inputs)
-            short = self._compress(inputs)
-            if not short.plans:
+        turn = _turn_of(cache)
+        if turn is not None:
+            short = self._continue(inputs, turn)
+            prompt = inputs["input_ids"]
+        elif self._bring_a_prompt(inputs):
+            compressed = self._compress(inputs)
+            if not compressed.plans:
                 return original(**inputs)
-            turn = _Turn(
-                inputs["input_ids"],
-                short["input_ids"],
-                short["attention_mask"],
-                short["position_ids"],
-            )
-        output = original(**self._move_lengths(short, turn))
-        return self._with_callers_prompt(output, turn, cache)
+            prompt, short = inputs["input_ids"], compressed
+            turn = _Turn.of(prompt, short)
+        else:
+            return original(**inputs)
+        arguments = as_the_caller_means(
+            short, prompt, short["input_ids"], self.model.generation_config
+        )
+        output = original(**arguments)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        times = len(sequences) // len(prompt)
+        answer = sequences[:, short["input_ids"].shape[1] :]
+        whole = torch.cat([prompt.repeat_interleave(times, 0).to(answer.device), answer], -1)
+        cache = cache if isinstance(output, Tensor) else output.get("past_key_values", cache)
+        if cache is not None:
+            _remember(cache, replace(turn.repeat(times), seen=whole))
+        if isinstance(output, Tensor):
+            return whole
+        output.sequences = whole
+        return output
+
+    def _bring_a_prompt(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether there is something to compress or report, not only tokens that follow a cache."""
+        if self.adapter.has_visuals(inputs):
+            return True
+        brought = (inputs.get("input_ids") is not None) or bool(inputs.get("mm_encoder_outputs"))
+        return brought and not filled_length(inputs.get("past_key_values"))
 
     def _compress(self, inputs: Mapping[str, Any]) -> CompressedInputs:
         short = compress_with(self.adapter, inputs, self.strategy, None, self._found)
         self.report = short.report
         return short
 
-    def _refuse_filled_cache(self, inputs: Mapping[str, Any]) -> None:
-        cache = inputs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0 and self.adapter.has_visuals(inputs):
+    def _continue(self, inputs: Mapping[str, Any], turn: _Turn) -> dict[str, Any]:
+        """Arguments of ``generate`` for a later turn: the short prompt, then what came after it."""
+        ids = inputs.get("input_ids")
+        held = turn.removed + filled_length(inputs["past_key_values"])
+        if ids is None or not turn.begins(ids, held):
             raise PromptError(
-                f"past_key_values already holds {cache.get_seq_length()} positions that this "
-                "session did not write, and the inputs bring images or videos; expected an empty "
-                "cache or one that this session's generate returned: start with a new cache"
+                f"input_ids do not begin with the {held} tokens that past_key_values stand for; "
+                "expected the earlier ids, the answer, then the new turn, padded alike"
             )
+        new = ids[:, turn.length :]
+        mask, positions = turn.extend(new, inputs.get("attention_mask"), ids.shape[1])
+        return self._without_visuals(inputs, new) | {
+            "input_ids": torch.cat([turn.short, new], -1),
+            "attention_mask": mask,
+            "position_ids": positions,
+        }
 
-    def _continue(self, inputs: dict[str, Any], turn: _Turn) -> tuple[dict[str, Any], _Turn]:
-        """The next turn on a cache of this session: the short prompt, then the new text."""
-        ids, known = inputs["input_ids"], turn.prompt.shape[1]
-        if ids.shape[0] != turn.prompt.shape[0] or not torch.equal(ids[:, :known], turn.prompt):
+    def _step(self, inputs: Mapping[str, Any], turn: _Turn) -> tuple[dict[str, Any], _Turn]:
+        """Arguments of ``forward`` for new tokens after a compressed prompt in the cache."""
+        ids, past = inputs.get("input_ids"), filled_length(inputs["past_key_values"])
+        held = turn.removed + past
+        if ids is None or len(ids) != len(turn.seen) or not turn.holds(held):
             raise PromptError(
-                f"input_ids of shape {tuple(ids.shape)} do not begin with the {known} tokens of the "
-                "prompt that filled this cache; expected the earlier ids, the answer, then the new "
-                "turn, padded alike"
+                f"the new input_ids do not go on from the {held} tokens that past_key_values stand "
+                "for; expected the ids that follow, one row per row of the cache"
             )
-        new = ids[:, known:]
-        for modality in ("image", "video"):
-            token = getattr(self.model.config, f"{modality}_token_id", None)
+        total = held + ids.shape[1]
+        mask, positions = turn.extend(ids, inputs.get("attention_mask"), total)
+        step = {"attention_mask": mask, "position_ids": positions[..., past:]}
+        seen = torch.cat([turn.seen[:, :held], ids], -1)
+        return self._without_visuals(inputs, ids) | step, replace(turn, seen=seen)
+
+    def _without_visuals(self, inputs: Mapping[str, Any], new: Tensor) -> dict[str, Any]:
+        """The inputs of a later turn, without the pixels that the cache holds already."""
+        for modality in MODALITIES:
+            token = self.adapter.placeholder_id(modality)
             if token is not None and bool((new == token).any()):
                 raise PromptError(
                     f"a later turn brings a new {modality}; expected text only on a compressed "
                     "cache: start with a new cache and the whole conversation"
                 )
-        given = inputs.get("attention_mask")
-        mask = torch.ones_like(new) if given is None else given[:, known:].to(turn.mask.dtype)
-        steps = mask.cumsum(-1).to(turn.positions.dtype)
-        extended = _Turn(
-            ids,
-            torch.cat([turn.short, new], -1),
-            torch.cat([turn.mask, mask], -1),
-            torch.cat([turn.positions, turn.positions[..., -1:] + steps], -1),
-        )
+        for name in ("position_ids", "inputs_embeds", "mm_encoder_outputs"):
+            if inputs.get(name) is not None:
+                raise PromptError(
+                    f"a later turn on a compressed cache brings {name}, which counts by the "
+                    "uncompressed prompt; expected none: leave it out"
+                )
         seen = {"token_type_ids", "mm_token_type_ids"}
-        for modality in ("image", "video"):
-            seen |= set(self.adapter.encoder_inputs(inputs, modality))
-        rest = {name: value for name, value in inputs.items() if name not in seen}
-        prompt = {
-            "input_ids": extended.short,
-            "attention_mask": extended.mask,
-            "position_ids": extended.positions,
-        }
-        return rest | prompt, extended
-
-    def _move_lengths(self, short: Mapping[str, Any], turn: _Turn) -> dict[str, Any]:
-        """Lengths that count the prompt, and a streamer that shows it, as the caller means them."""
-        moved = dict(short)
-        removed = turn.prompt.shape[1] - turn.short.shape[1]
-        config = moved.get("generation_config")
-        if config is not None:
-            moved["generation_config"] = config = copy.copy(config)
-        for name in ("max_length", "min_length"):
-            if moved.get(name):
-                moved[name] -= removed
-            elif config is not None and getattr(config, name, None):
-                setattr(config, name, getattr(config, name) - removed)
-        if moved.get("streamer") is not None:
-            moved["streamer"] = _PromptStreamer(moved["streamer"], turn.prompt)
-        return moved
-
-    def _with_callers_prompt(self, output: Any, turn: _Turn, cache: Any) -> Any:
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        times = sequences.shape[0] // turn.prompt.shape[0]
-        turn = turn.repeat(times)
-        answer = sequences[:, turn.short.shape[1] :]
-        sequences = torch.cat([turn.prompt.to(answer.device), answer], -1)
-        filled = cache if isinstance(output, Tensor) else getattr(output, "past_key_values", cache)
-        if filled is not None:
-            self._turns[filled] = turn
-        if isinstance(output, Tensor):
-            return sequences
-        output.sequences = sequences
-        return output
+        for modality in MODALITIES:
+            if inputs.get(PIXELS[modality]) is not None:
+                seen |= set(self.adapter.encoder_inputs(inputs, modality))
+        return {name: value for name, value in inputs.items() if name not in seen}
 
 
-class _PromptStreamer:
-    """Gives the caller's streamer the caller's prompt, then every token as it comes."""
+def _wrap(original: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
+    """``original`` with its own signature, which transformers reads, calling ``instead``."""
+    signature = inspect.signature(original)
+    extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
-    def __init__(self, streamer: Any, prompt: Tensor) -> None:
-        self._streamer = streamer
-        self._prompt: Tensor | None = prompt
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        named = signature.bind(*args, **kwargs).arguments
+        more = named.pop(extra, {})
+        return instead(original, named | more)
 
-    def put(self, value: Tensor) -> None:
-        if self._prompt is not None:
-            value, self._prompt = self._prompt.cpu(), None
-        self._streamer.put(value)
+    return wrapped
 
-    def end(self) -> None:
-        self._streamer.end()
+
+def _remember(cache: Any, turn: _Turn | None) -> None:
+    if turn is not None:
+        setattr(cache, TURN, turn)
+
+
+def _turn_of(cache: Any) -> _Turn | None:
+    """What a session put into ``cache``, or None where it holds nothing of a session's."""
+    if hasattr(cache, TURN) and not filled_length(cache):
+        delattr(cache, TURN)
+    turn: _Turn | None = getattr(cache, TURN, None)
+    return turn

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import torch
 
 
 class Stopwatch:
-    """``lap()`` ends a step; ``read()`` gives each step's milliseconds, with one synchronisation on CUDA."""
+    """``lap()`` ends a step; ``read()`` gives the milliseconds of each, with one CUDA synchronisation."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._marks: list[float | torch.cuda.Event] = []
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._events: list[torch.Event] = []
+        self._marks: list[float] = []
         self.lap()
 
     def lap(self) -> None:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
+        if self._stream is None:
             self._marks.append(time.perf_counter())
+            return
+        event = torch.Event(self._stream.device, enable_timing=True)
+        event.record(self._stream)
+        self._events.append(event)
 
     def read(self) -> list[float]:
-        laps = []
-        if self._cuda:
-            torch.cuda.synchronize()
-        for a, b in zip(self._marks, self._marks[1:], strict=False):
-            if isinstance(a, torch.cuda.Event) and isinstance(b, torch.cuda.Event):
-                laps.append(a.elapsed_time(b))
-            elif isinstance(a, float) and isinstance(b, float):
-                laps.append((b - a) * 1e3)
-        return laps
+        if self._stream is None:
+            return [(b - a) * 1e3 for a, b in pairwise(self._marks)]
+        self._events[-1].synchronize()
+        return [a.elapsed_time(b) for a, b in pairwise(self._events)]

@@ -46,19 +46,26 @@ class VisualTokens:
                 f"features are {self.features.dtype} of shape {tuple(self.features.shape)}; "
                 "expected a float tensor (N, D): flatten (T, H, W, D) first, or use from_grid"
             )
-        expected = {"features": (n, None), "coords": (n, 3), "saliency": (n,), "timestamps": (t,)}
+        if self.coords.is_floating_point():
+            raise TokensError(f"coords are {self.coords.dtype}; expected whole numbers (t, h, w)")
+        expected: dict[str, tuple[int | str, ...]] = {
+            "features": (n, "D"),
+            "coords": (n, 3),
+            "saliency": (n,),
+            "text": ("n", self.features.shape[1]),
+            "timestamps": (t,),
+        }
         for field, shape in expected.items():
             value = getattr(self, field)
             if value is None:
                 continue
             got = tuple(value.shape)
             if len(got) != len(shape) or any(
-                e is not None and e != g for e, g in zip(shape, got, strict=True)
+                isinstance(e, int) and e != g for e, g in zip(shape, got, strict=True)
             ):
                 raise TokensError(
-                    f"{field} has shape {got}; grid {self.grid} makes {n} tokens, "
-                    f"so expected {tuple('D' if e is None else e for e in shape)}: "
-                    "pass the grid after the spatial merge"
+                    f"{field} has shape {got}; grid {self.grid} makes {n} tokens, so expected "
+                    f"({', '.join(map(str, shape))}): pass the grid after the spatial merge"
                 )
 
     @classmethod
@@ -78,6 +85,8 @@ class VisualTokens:
 
         Raises TokensError where the shape does not fit or a feature is not finite.
         """
+        if len(grid) != 3:
+            raise TokensError(f"grid is {tuple(grid)}; expected (T, H, W)")
         grid = (int(grid[0]), int(grid[1]), int(grid[2]))
         if features.ndim == 4:
             if tuple(features.shape[:3]) != grid:
@@ -86,9 +95,7 @@ class VisualTokens:
                     "and a width: pass (T, H, W, D)"
                 )
             features = features.flatten(0, 2)
-        tokens = cls(
-            features, grid, grid_coords(grid, features.device), saliency, text, timestamps
-        )
+        tokens = cls(features, grid, grid_coords(grid, features.device), saliency, text, timestamps)
         if check:
             tokens.check_finite()
         return tokens
@@ -113,7 +120,7 @@ class VisualTokens:
     @property
     def frames(self) -> Float[Tensor, "T H W D"]:
         """The features as ``(T, H, W, D)``, a view."""
-        return self.features.view(*self.grid, -1)
+        return self.features.view(*self.grid, self.features.shape[-1])
 
 
 def grid_coords(grid: Grid, device: torch.device | None = None) -> Int[Tensor, "N 3"]:

@@ -11,5 +11,6 @@ from tokenfuse.hookspecs import hookimpl
 
 @hookimpl
 def tokenfuse_register_adapters(register: Callable[[type[Adapter]], None]) -> None:
+    """Register every ``Adapter`` of this folder."""
     for cls in subclasses_in(__name__, Adapter):
         register(cls)

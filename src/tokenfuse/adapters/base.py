@@ -15,9 +15,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokenfuse.errors import PromptError, UnsupportedModelError
+from tokenfuse.errors import PromptError
 from tokenfuse.plan import FusionPlan
-from tokenfuse.realign import PaddingSide, Realigned, padding_side, realign_positions, shorten
+from tokenfuse.realign import (
+    PaddingSide,
+    Realigned,
+    next_position_delta,
+    padding_side,
+    realign_positions,
+    shorten,
+)
 from tokenfuse.strategies.base import Need, Strategy
 from tokenfuse.tokens import Grid, Modality, VisualTokens
 
@@ -59,7 +66,7 @@ class Adapter(ABC):
         """``(T, H, W)`` of each item of a modality, after the spatial merge, in prompt order."""
 
     def position_delta(self) -> Tensor | None:
-        """What the model adds to a token count to get a rope position, ``(B, 1)``; None for 1-D rope."""
+        """What the model adds to a token count for a rope position, ``(B, 1)``; None in 1-D."""
         return None
 
     def set_position_delta(self, delta: Tensor | None) -> None:
@@ -74,7 +81,7 @@ class Adapter(ABC):
         return {k: inputs[k] for k in known if k != "kwargs" and inputs.get(k) is not None}
 
     def encode(self, inputs: Mapping[str, Any]) -> list[Encoded]:
-        """Run the vision tower once and return every item as ``VisualTokens``.
+        """Run the vision tower once per modality and return every item as ``VisualTokens``.
 
         Raises PromptError where features and grid do not agree, TokensError on NaN or Inf (one host
         synchronisation per item).
@@ -83,30 +90,27 @@ class Adapter(ABC):
         for modality in MODALITIES:
             if inputs.get(PIXELS[modality]) is None:
                 continue
+            grids = self.grids(inputs, modality)
             arguments = self.encoder_inputs(inputs, modality)
             output = self._encoder(modality)(**arguments, return_dict=True)
-            encoded.append(Encoded(modality, output, self._items(inputs, modality, output)))
+            encoded.append(Encoded(modality, output, self._items(modality, output, grids)))
         return encoded
 
     def _encoder(self, modality: Modality) -> Callable[..., Any]:
         method: Callable[..., Any] = getattr(self.model.base_model, f"get_{modality}_features")
         return method
 
-    def _items(
-        self, inputs: Mapping[str, Any], modality: Modality, output: Any
-    ) -> list[VisualTokens]:
-        features, grids = output.pooler_output, self.grids(inputs, modality)
+    def _items(self, modality: Modality, output: Any, grids: list[Grid]) -> list[VisualTokens]:
+        features = output.pooler_output
         if len(features) != len(grids):
             raise PromptError(
                 f"the vision tower returned {len(features)} {modality} item(s), the inputs "
                 f"describe {len(grids)}: pass the processor's output unchanged"
             )
-        return [
-            VisualTokens.from_grid(x, grid) for x, grid in zip(features, grids, strict=True)
-        ]
+        return [VisualTokens.from_grid(x, grid) for x, grid in zip(features, grids, strict=True)]
 
     def fuse(self, encoded: Encoded, plans: Sequence[FusionPlan], strategy: Strategy) -> Any:
-        """The vision tower's output after the plans, DeepStack layers included, in its own class."""
+        """The vision tower's output after the plans, DeepStack layers too, in its own class."""
 
         def each(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             return tuple(strategy.fuse(plan, x) for plan, x in zip(plans, tensors, strict=True))
@@ -117,37 +121,42 @@ class Adapter(ABC):
             fields["deepstack_features"] = [each(layer) for layer in layers]
         return type(encoded.output)(**fields)
 
-    def placeholder_id(self, modality: Modality) -> int:
-        """The token id that stands for one visual token of a modality."""
-        token: int = getattr(self.model.config, f"{modality}_token_id")
+    def placeholder_id(self, modality: Modality) -> int | None:
+        """The token id that stands for one visual token of a modality, None where there is none."""
+        token: int | None = getattr(self.model.config, f"{modality}_token_id", None)
         return token
 
-    def kept_columns(
-        self, ids: Tensor, encoded: Sequence[Encoded], plans: Plans
-    ) -> Tensor:
+    def kept_columns(self, ids: Tensor, encoded: Sequence[Encoded], plans: Plans) -> Tensor:
         """Which prompt tokens survive, ``(B, L)``: all text, and the plans' visual tokens.
 
         Raises PromptError where a modality's placeholders are not as many as its features.
         """
         keep = torch.ones_like(ids, dtype=torch.bool)
-        for part in encoded:
-            here = ids == self.placeholder_id(part.modality)
-            mask = torch.cat([plan.keep_mask for plan in plans[part.modality]]).to(ids.device)
+        for modality in MODALITIES:
+            token = self.placeholder_id(modality)
+            here = torch.zeros_like(keep) if token is None else ids == token
+            masks = [
+                plan.keep_mask.to(ids.device)
+                for part in encoded
+                if part.modality == modality
+                for plan in plans[modality]
+            ]
+            mask = torch.cat(masks) if masks else keep.new_ones(0)
             found = int(here.sum())
             if found != len(mask):
                 raise PromptError(
-                    f"the prompt has {found} {part.modality} placeholder(s), the "
-                    f"{part.modality} features are {len(mask)}: pass input_ids and pixels of one "
-                    "processor call, not truncated"
+                    f"the prompt shows {found} {modality} placeholder(s), the {modality} features "
+                    f"are {len(mask)}: pass input_ids, attention_mask and pixels of one processor "
+                    "call, not truncated"
                 )
             keep = keep.masked_scatter(here, mask)
         return keep
 
     def positions(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Rope positions of the uncompressed prompt, by the model's own method."""
-        given = inputs.get("position_ids")
+        """Rope positions of the uncompressed prompt, the caller's or by the model's own method."""
+        given: Tensor | None = inputs.get("position_ids")
         if given is not None:
-            return torch.as_tensor(given)
+            return given
         method: Callable[..., Tensor] = self.model._prepare_position_ids_for_generation
         return method(inputs["input_ids"], dict(inputs))
 
@@ -163,32 +172,34 @@ class Adapter(ABC):
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        if mask.ndim != 2:
+        # No placeholder is -1: one that the mask hides is not shown to the model.
+        keep = self.kept_columns(ids.masked_fill(mask == 0, -1), encoded, plans)
+        last = mask.long().cumsum(-1).argmax(-1, keepdim=True)
+        if not bool(keep.gather(-1, last).all()):
             raise PromptError(
-                f"attention_mask has shape {tuple(mask.shape)}; expected (B, L): a mask of more "
-                "dimensions cannot be shortened"
+                "a prompt ends with a visual token, and the plan removes it; expected text after "
+                "the last image or video: let the processor end the prompt"
             )
         positions = self.positions({**inputs, "attention_mask": mask})
         positions = positions.expand(*positions.shape[:-2], len(ids), -1)
-        new = shorten(mask, self.kept_columns(ids, encoded, plans), side or padding_side(mask))
+        new = shorten(mask, keep, side or padding_side(mask))
+        realigned = realign_positions(positions, new, policy)
         short: dict[str, Any] = {
-            "input_ids": new.take(ids, self._pad_id()),
+            "input_ids": new.take(ids, self.pad_id() or 0),
             "attention_mask": new.valid.to(mask.dtype),
-            "position_ids": realign_positions(positions, new, policy),
+            "position_ids": realigned,
         }
         for name in PER_TOKEN:
             if inputs.get(name) is not None:
                 short[name] = new.take(inputs[name], -100 if name == "labels" else 0)
-        delta = self.position_delta()
-        if delta is not None:
-            moved = delta + new.removed[:, None].to(delta.device)
-            self.set_position_delta(moved if policy == "keep" else torch.zeros_like(delta))
+        self.set_position_delta(next_position_delta(realigned, new))
         return short, new
 
-    def _pad_id(self) -> int:
-        configs = (self.model.generation_config, self.model.config, self.model.config.get_text_config())
-        for config in configs:
-            pad = getattr(config, "pad_token_id", None)
+    def pad_id(self) -> int | None:
+        """The padding token of the model, None where it names none."""
+        model = self.model
+        for config in (model.generation_config, model.config, model.config.get_text_config()):
+            pad: int | None = getattr(config, "pad_token_id", None)
             if pad is not None:
-                return int(pad)
-        return 0
+                return pad
+        return None

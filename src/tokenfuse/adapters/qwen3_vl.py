@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokenfuse.adapters.base import Adapter
+from tokenfuse.adapters.base import PIXELS, Adapter
 from tokenfuse.errors import PromptError
 from tokenfuse.tokens import Grid, Modality
 
@@ -21,7 +21,9 @@ class Qwen3VL(Adapter):
 
     @classmethod
     def matches(cls, model: Any) -> bool:
-        return getattr(getattr(model, "config", None), "model_type", None) in FAMILY
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        # The base model, and a wrapper such as PEFT's, have the model type but not its layout.
+        return kind in FAMILY and hasattr(getattr(model, "model", None), "rope_deltas")
 
     def grids(self, inputs: Mapping[str, Any], modality: Modality) -> list[Grid]:
         patches = inputs.get(f"{modality}_grid_thw")
@@ -30,8 +32,23 @@ class Qwen3VL(Adapter):
                 f"{modality}_grid_thw is missing beside the pixels; expected (items, 3): pass all "
                 "that the processor returns"
             )
+        described, given = int(patches.prod(-1).sum()), len(inputs[PIXELS[modality]])
+        if described != given:
+            raise PromptError(
+                f"{PIXELS[modality]} hold {given} patches, {modality}_grid_thw describes "
+                f"{described}: pass all that one processor call returns"
+            )
         merge = self.model.config.vision_config.spatial_merge_size
         return [(t, h // merge, w // merge) for t, h, w in patches.tolist()]
+
+    def positions(self, inputs: Mapping[str, Any]) -> Tensor:
+        if inputs.get("position_ids") is None and inputs.get("mm_token_type_ids") is None:
+            raise PromptError(
+                "mm_token_type_ids is missing, without which the model counts visual tokens as "
+                "text; expected (B, L): pass all that the processor returns"
+            )
+        positions = super().positions(inputs)
+        return positions if positions.ndim == 3 else positions.expand(4, *positions.shape)
 
     def position_delta(self) -> Tensor | None:
         delta: Tensor | None = self.model.model.rope_deltas

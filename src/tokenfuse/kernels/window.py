@@ -9,15 +9,18 @@ from torch import Tensor
 NO_MATCH = -2.0
 """Similarity of a token that matches nothing, below every cosine."""
 
+STEP = 2.0**-17
+"""Cosines are rounded to multiples of this, some ten times what fp32 gets wrong."""
+
 
 def window_match(
-    queries: Float[Tensor, "F H W D"],
-    reference: Float[Tensor, "R H W D"],
+    frames: Float[Tensor, "T H W D"],
+    reference: Int[Tensor, " R"],
     window: int,
-) -> tuple[Float[Tensor, "F H W"], Int[Tensor, "F H W"]]:
-    """For each query token, the greatest cosine in a ``window × window`` neighbourhood, and where.
+) -> tuple[Float[Tensor, "T H W"], Int[Tensor, "T H W"]]:
+    """The greatest cosine of each token in ``window × window`` places of another frame, and where.
 
-    ``reference`` is one frame for all queries (``R = 1``) or one per query frame (``R = F``).
+    ``reference``: the index of one frame for all (``R = 1``) or of one for each (``R = T``).
     Returns the similarity, fp32, and the row-major index ``0..H*W-1`` of the match in its reference
     frame. On ties the match with the least ``|di| + |dj|`` wins, then the first in row-major order.
     A zero vector matches nothing: similarity NO_MATCH and its own place.
@@ -25,43 +28,51 @@ def window_match(
     Tiles of the grid are compared with their neighbourhood in one product each, so that the
     features are read once and the work grows with the window, not with the grid.
     """
-    frames, height, width, _ = queries.shape
+    count, height, width, _ = frames.shape
     reach = window // 2
     # Few large products suit a GPU; on a CPU a small tile stays in cache and wastes less.
-    tile = 4 if queries.device.type == "cpu" else 16
-    similarity = queries.new_empty((frames, height, width), dtype=torch.float32)
-    index = torch.empty((frames, height, width), dtype=torch.long, device=queries.device)
+    tile = 4 if frames.device.type == "cpu" else 16
+    similarity = frames.new_empty((count, height, width), dtype=torch.float32)
+    index = torch.empty((count, height, width), dtype=torch.long, device=frames.device)
     for top in range(0, height, tile):
         for left in range(0, width, tile):
             rows = slice(top, min(top + tile, height))
             cols = slice(left, min(left + tile, width))
             near_rows = slice(max(0, top - reach), min(height, rows.stop + reach))
             near_cols = slice(max(0, left - reach), min(width, cols.stop + reach))
-            cosine = _cosine(queries[:, rows, cols], reference[:, near_rows, near_cols])
-            best, place = _best(cosine, rows, cols, near_rows, near_cols, reach, width)
-            shape = (frames, rows.stop - rows.start, cols.stop - cols.start)
-            similarity[:, rows, cols] = best.view(shape)
-            index[:, rows, cols] = place.view(shape)
+            # Widening a slice copies it, after which flattening is free.
+            queries = frames[:, rows, cols].to(torch.float32)
+            near = frames[:, near_rows, near_cols].index_select(0, reference).to(torch.float32)
+            similar = cosine(queries.flatten(1, 2), near.flatten(1, 2))
+            best, place = _best(similar, rows, cols, near_rows, near_cols, reach, width)
+            similarity[:, rows, cols] = best.view(queries.shape[:3])
+            index[:, rows, cols] = place.view(queries.shape[:3])
     return similarity, index
 
 
-def _cosine(queries: Tensor, near: Tensor) -> Tensor:
-    """``(F, n, D)`` against ``(1 or F, m, D)`` tokens: ``(F, n, m)`` fp32, NO_MATCH at zero vectors."""
-    frames, width = queries.shape[0], queries.shape[-1]
-    q = queries.to(torch.float32).reshape(frames, -1, width)
-    r = near.to(torch.float32).reshape(near.shape[0], -1, width)
+def cosine(queries: Float[Tensor, "F n D"], near: Float[Tensor, "R m D"]) -> Float[Tensor, "F n m"]:
+    """Cosine of each query with each of the ``m`` tokens of its frame (``R`` is 1 or ``F``), fp32.
+
+    Rounded to multiples of STEP, so that a tie is a tie whatever order the products are summed in.
+    NO_MATCH where either vector is zero, or so small or large that fp32 cannot hold its square.
+    """
+    q, r = queries.to(torch.float32), near.to(torch.float32)
     q_norm, r_norm = torch.linalg.vector_norm(q, dim=-1), torch.linalg.vector_norm(r, dim=-1)
-    if near.shape[0] == 1:
-        dots = (q.flatten(0, 1) @ r[0].T).view(frames, -1, r.shape[1])
+    if r.shape[0] == 1:
+        dots = (q.flatten(0, 1) @ r[0].T).view(q.shape[0], q.shape[1], r.shape[1])
     else:
         dots = q @ r.mT
-    cosine = dots / q_norm[:, :, None] / r_norm[:, None, :]
-    exists = (q_norm > 0)[:, :, None] & (r_norm > 0)[:, None, :]
-    return torch.where(exists, cosine, NO_MATCH)
+    similar = (dots / q_norm[:, :, None] / r_norm[:, None, :]).div_(STEP).round_().mul_(STEP)
+    exists = _is_sound(q_norm)[:, :, None] & _is_sound(r_norm)[:, None, :]
+    return torch.where(exists, similar, NO_MATCH)
+
+
+def _is_sound(norm: Tensor) -> Tensor:
+    return (norm > 1e-17) & (norm < 1e18)
 
 
 def _best(
-    cosine: Tensor,
+    similar: Tensor,
     rows: slice,
     cols: slice,
     near_rows: slice,
@@ -70,22 +81,18 @@ def _best(
     width: int,
 ) -> tuple[Tensor, Tensor]:
     """The best candidate per query, ties to the nearest, then to the first in row-major order."""
-    device = cosine.device
-    i, j = _places(rows, cols, device)
-    y, x = _places(near_rows, near_cols, device)
+    i, j = _places(rows, cols, similar.device)
+    y, x = _places(near_rows, near_cols, similar.device)
     di = (y[None, :] - i[:, None]).abs()
     dj = (x[None, :] - j[:, None]).abs()
-    outside = (di > reach) | (dj > reach)
-    cosine = cosine.masked_fill(outside, -torch.inf)
-    best = cosine.amax(-1)
+    similar = similar.masked_fill((di > reach) | (dj > reach), -torch.inf)
+    best = similar.amax(-1)
     candidates = y.shape[0]
-    order = (di + dj) * candidates + torch.arange(candidates, device=device)
-    tied = cosine == best[..., None]
+    order = (di + dj) * candidates + torch.arange(candidates, device=similar.device)
+    tied = similar == best[..., None]
     order = torch.where(tied, order, torch.iinfo(torch.long).max)
-    first = order.argmin(-1)
-    place = (y * width + x)[first]
-    own = i * width + j
-    return best, torch.where(best == NO_MATCH, own, place)
+    place = (y * width + x)[order.argmin(-1)]
+    return best, torch.where(best == NO_MATCH, i * width + j, place)
 
 
 def _places(rows: slice, cols: slice, device: torch.device) -> tuple[Tensor, Tensor]:

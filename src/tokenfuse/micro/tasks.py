@@ -4,9 +4,10 @@ A clip is a textured background, sensor noise and one of three scenes:
 
 - ``motion``: one object crosses the picture, a mark flashes in one quadrant
   (questions ``color``, ``shape``, ``direction``, ``flash``);
-- ``order``: two still objects of different colours appear one after the other,
-  and a mark flashes (``order``, ``flash``);
-- ``count``: one to four still objects, and a mark flashes (``count``, ``flash``).
+- ``order``: two still objects of one shape and different colours appear one after the other,
+  and a mark flashes (``order``, ``shape``, ``flash``);
+- ``count``: one to four still objects of one shape, and a mark flashes (``count``, ``shape``,
+  ``flash``).
 
 The mark is visible for exactly one temporal patch. The same ``(split, seed, patches)``
 always renders the same bytes.
@@ -58,7 +59,7 @@ QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 COUNTS = ("one", "two", "three", "four")
 QUESTIONS: dict[Task, tuple[str, ...]] = {
     "color": ("What color is the moving object?",),
-    "shape": ("What shape is the moving object?",),
+    "shape": ("What shape is the moving object?", "What shape are the objects?"),
     "direction": ("In which direction does the object move?",),
     "flash": ("In which corner does the mark flash?",),
     "order": ("Which color appears first?", "Which color appears last?"),
@@ -168,7 +169,7 @@ def _motion(rng: np.random.Generator, video: Float, patches: int) -> Iterator[Qu
     shape = str(rng.choice(SHAPES))
     direction = str(rng.choice(list(DIRECTIONS)))
     radius = rng.uniform(10, 13)
-    length = rng.uniform(28, 50)
+    length = rng.uniform(28, 66)
     step = np.asarray(DIRECTIONS[direction], np.float64)
     low = np.full(2, radius + 2) + length * (step < 0)
     high = np.full(2, SIZE - radius - 2) - length * (step > 0)
@@ -195,22 +196,25 @@ def _order(rng: np.random.Generator, video: Float, patches: int) -> Iterator[Que
     begins = int(rng.integers(0, patches - gap))
     then = int(rng.integers(begins + gap, patches))
     radius = rng.uniform(10, 13)
+    shape = str(rng.choice(SHAPES))
     for color, patch, (x, y) in zip(
         (first, last), (begins, then), _places(rng, 2, radius), strict=True
     ):
-        shape = str(rng.choice(SHAPES))
         _paint(video[FRAMES_PER_PATCH * patch :], shape, COLORS[color], x, y, radius)
     yield Question("order", QUESTIONS["order"][0], first)
     yield Question("order", QUESTIONS["order"][1], last)
+    yield Question("shape", QUESTIONS["shape"][1], shape)
 
 
 def _count(rng: np.random.Generator, video: Float, patches: int) -> Iterator[Question]:
     count = int(rng.integers(1, 5))
-    radius = rng.uniform(9, 13)
+    radius = rng.uniform(10, 13)
+    shape = str(rng.choice(SHAPES))
     for x, y in _places(rng, count, radius):
         color = str(rng.choice(list(COLORS)))
-        _paint(video, str(rng.choice(SHAPES)), COLORS[color], x, y, radius)
+        _paint(video, shape, COLORS[color], x, y, radius)
     yield _ask("count", COUNTS[count - 1])
+    yield Question("shape", QUESTIONS["shape"][1], shape)
 
 
 def _flash(rng: np.random.Generator, video: Float, patches: int, lasts: int) -> Question:

@@ -49,16 +49,28 @@ def equal_frames_attention(
 
 
 class Conversations(IterableDataset[dict[str, Any]]):
-    """Endless batches of clips with all their questions, ready for the model."""
+    """Endless batches of clips with all their questions, ready for the model.
+
+    The first ``short`` batches have 4 temporal patches, later ones 4 to ``longest``. In the first
+    ``still`` batches the mark stays for the whole clip.
+    """
 
     def __init__(
-        self, processor: Qwen3VLProcessor, batch: int, seed: int, short: int, longest: int
+        self,
+        processor: Qwen3VLProcessor,
+        *,
+        batch: int,
+        seed: int = 0,
+        short: int = 0,
+        longest: int = 4,
+        still: int = 0,
     ) -> None:
         self.tokenizer = processor.tokenizer
         self.batch = batch
         self.seed = seed
         self.short = short
         self.longest = longest
+        self.still = still
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
@@ -67,7 +79,7 @@ class Conversations(IterableDataset[dict[str, Any]]):
             rng = np.random.default_rng([self.seed, index])
             patches = 4 if index < self.short else int(rng.integers(4, self.longest + 1))
             # A mark that stays is found sooner; then it learns to flash.
-            flash = patches if index < self.short // 4 else 1
+            flash = patches if index < self.still else 1
             scenes = rng.choice(len(SCENES), self.batch, p=(0.5, 0.25, 0.25))
             first = (self.seed << 32) + index * self.batch
             clips = [
@@ -181,19 +193,29 @@ def train(
     seed: int = 0,
     workers: int = 1,
     init: Path | None = None,
+    stop: int | None = None,
 ) -> None:
     """Train from scratch, or from the checkpoint ``init``; save model and processor into ``out``.
 
     The first ``short`` share of the steps sees clips of 4 temporal patches, the rest 4 to
     ``longest``. The rate warms up over 200 steps, holds, and falls linearly over the last quarter.
     """
-    processor = build_processor()
-    model = build_model(processor, seed=seed)
     if init:
-        model.load_state_dict(Qwen3VLForConditionalGeneration.from_pretrained(init).state_dict())
+        processor = Qwen3VLProcessor.from_pretrained(init)
+        model = Qwen3VLForConditionalGeneration.from_pretrained(init)
+    else:
+        processor = build_processor()
+        model = build_model(processor, seed=seed)
     AttentionInterface.register("flash_equal_frames", equal_frames_attention)
     model.model.visual.config._attn_implementation = "flash_equal_frames"
-    data = Conversations(processor, batch, seed, int(short * steps), longest)
+    data = Conversations(
+        processor,
+        batch=batch,
+        seed=seed,
+        short=int(short * steps),
+        longest=longest,
+        still=0 if init else steps // 10,
+    )
     loader = iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4))
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -208,8 +230,9 @@ def train(
     for part in (*model.model.language_model.layers, *model.model.visual.blocks):
         part.compile(dynamic=True)
     model.train()
+    last = min(steps, stop or steps)
     began, losses, counts = time.monotonic(), [], torch.zeros(2, len(TASKS))
-    for step in range(1, steps + 1):
+    for step in range(1, last + 1):
         loss, found = answer_loss(model, next(loader))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -227,7 +250,7 @@ def train(
                 f"step {step}/{steps}  loss {loss_now:.4f}  {scores}  {minutes:.1f} min", flush=True
             )
             counts.zero_()
-        if step % 1000 == 0 or step == steps:
+        if step % 500 == 0 or step == last:
             save(model, processor, out)
 
 
@@ -247,6 +270,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=10, help="temporal patches at most")
     parser.add_argument("--rate", type=float, default=2e-3, help="greatest learning rate")
     parser.add_argument("--init", type=Path, help="checkpoint to go on from")
+    parser.add_argument("--stop", type=int, help="end after this many of the steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -260,6 +284,7 @@ def main() -> None:
         rate=args.rate,
         seed=args.seed,
         init=args.init,
+        stop=args.stop,
     )
 
 

@@ -11,5 +11,6 @@ from tokenfuse.strategies.base import Strategy
 
 @hookimpl
 def tokenfuse_register_strategies(register: Callable[[type[Strategy]], None]) -> None:
+    """Register every ``Strategy`` of this folder."""
     for cls in subclasses_in(__name__, Strategy):
         register(cls)

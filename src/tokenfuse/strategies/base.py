@@ -19,7 +19,7 @@ Need = Literal["saliency", "text"]
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """What is left of one item: features ``(M, D)``, coords ``(M, 3)``, sizes ``(M,)``, and the plan."""
+    """What is left of one item: features ``(M, D)``, coords ``(M, 3)``, sizes ``(M,)``, plan."""
 
     features: Float[Tensor, "M D"]
     coords: Int[Tensor, "M 3"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def budget(keep_ratio: float, n: int) -> int:
-    """⌈keep_ratio · n⌉ tokens, at least one; a ratio that means a whole number gives that number."""
+    """⌈keep_ratio · n⌉ tokens, at least one; a ratio that means a whole number gives just that."""
     # 0.55 * 100 is 55.000000000000007 in floating point: not a reason to keep 56.
     return max(1, min(n, math.ceil(keep_ratio * n - 1e-9)))
 
@@ -22,5 +22,5 @@ def first_argmax(x: Tensor) -> Int[Tensor, "..."]:
 
 
 def true_indices(mask: Bool[Tensor, " N"], count: int) -> Int[Tensor, " M"]:
-    """The ``count`` positions where ``mask`` is true, ascending, with the count known beforehand."""
+    """The ``count`` positions where ``mask`` is true, ascending; the count is known beforehand."""
     return torch.argsort(mask.logical_not().to(torch.uint8), stable=True)[:count]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from functools import cached_property
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from tokenfuse.kernels.window import window_match
+from tokenfuse.errors import ConfigError
+from tokenfuse.kernels.window import STEP, cosine, window_match
 from tokenfuse.plan import FusionPlan, Reduce
 from tokenfuse.strategies.base import Strategy
 from tokenfuse.strategies.select import budget, first_argmax, true_indices
@@ -28,34 +30,41 @@ class TTF(Strategy):
     Each token of a non-anchor frame is compared with the ``window × window`` neighbourhood of its
     place in the anchor frame. Where the greatest cosine exceeds ``threshold``, the token leaves and
     belongs to its best match. A zero vector matches nothing. ``threshold >= 1`` keeps everything.
+    An image is its own anchor, whatever ``anchor`` says.
 
-    ``segments="auto"``: frames of which less than ``reanchor`` matched form runs, and each run gets
-    an anchor of its own, up to REANCHOR_ROUNDS times. ``"single"`` is the published form.
+    ``segments="auto"``: a frame of which less than ``reanchor`` matched is lost. Each run of
+    consecutive lost frames that stand with the same anchor gets an anchor of its own: its medoid,
+    or its first frame with ``anchor="first"``. Then all is matched again, up to REANCHOR_ROUNDS
+    times. ``"single"`` is the published form.
 
     ``reference="previous"`` compares each frame with the one before instead, and a fused token
-    belongs to whatever its match belongs to; the anchor is then the first frame.
+    belongs to whatever its match belongs to. The first frame is the anchor, and with
+    ``segments="auto"`` each lost frame is another.
 
-    ``keep_ratio`` replaces the threshold by the value that leaves exactly ⌈keep_ratio · N⌉ survivors:
-    first the anchors, then the ``min_tokens_per_frame`` least similar of each frame, then the least
-    similar of all (lowest index on ties). Anchors of scene changes are added as long as the budget
-    holds them (``threshold`` still says what counts as matched). A budget below one frame keeps the
-    anchor tokens that absorbed most and fuses every other, with all it absorbed, into its most
-    similar surviving one. This mode never synchronises with the host; threshold mode does once, and
-    once more per round of re-anchoring.
+    ``keep_ratio`` replaces the threshold by the value that leaves exactly ⌈keep_ratio · N⌉
+    survivors: first the anchors, then the ``min_tokens_per_frame`` least similar of each frame,
+    then the least similar of all (lowest index on ties). Anchors of scene changes are added in
+    order as long as the budget holds them (``threshold`` still says what counts as matched). A
+    budget below one frame keeps the anchor tokens that absorbed most (lowest index on ties) and
+    fuses every other, with all it absorbed, into its most similar surviving one.
+
+    Keep-ratio mode never synchronises with the host; threshold mode does once, and once more per
+    round of re-anchoring.
     """
 
     name: ClassVar[str] = "ttf"
 
     threshold: float = Field(0.7, ge=-1, description="cosine above which a token is fused")
     window: int = Field(3, ge=1, description="side of the search window in tokens, odd")
-    anchor: Literal["auto", "first"] | int = Field(
+    anchor: Literal["auto", "first"] | Annotated[int, Field(ge=0, strict=True)] = Field(
         "auto", description="anchor frame: the medoid, the first, or an index"
     )
     reference: Literal["anchor", "previous"] = Field(
         "anchor", description="frame that each frame is matched against"
     )
     reduce: Reduce = Field(
-        "mean", description="mean: a survivor is the mean of all it absorbed; keep: it stays as it was"
+        "mean",
+        description="mean: a survivor is the mean of all it absorbed; keep: it stays as it was",
     )
     segments: Literal["auto", "single"] = Field(
         "auto", description="auto: new anchors after scene changes; single: one anchor"
@@ -74,7 +83,9 @@ class TTF(Strategy):
     @classmethod
     def _odd(cls, window: int) -> int:
         if window % 2 == 0:
-            raise ValueError(f"a window has a middle, so it must be odd: {window - 1} or {window + 1}")
+            raise ValueError(
+                f"a window has a middle, so it must be odd: {window - 1} or {window + 1}"
+            )
         return window
 
     @model_validator(mode="after")
@@ -93,7 +104,7 @@ class TTF(Strategy):
         n = grid[0] * grid[1] * grid[2]
         if self.keep_ratio is not None:
             return budget(self.keep_ratio, n)
-        return n if self.threshold >= 1 else None
+        return n if self.threshold >= 1 or grid[0] == 1 else None
 
     def matching_flops(self, grid: Grid, width: int) -> int:
         t, h, w = grid
@@ -101,13 +112,11 @@ class TTF(Strategy):
 
     @torch.no_grad()
     def plan(self, tokens: VisualTokens) -> FusionPlan:
-        n, grid = tokens.num_tokens, tokens.grid
-        if self.num_kept(grid) == n or (grid[0] == 1 and self.keep_ratio is None):
-            return FusionPlan.identity(n, tokens.features.device)
+        count = self.num_kept(tokens.grid)
+        if count == tokens.num_tokens:
+            return FusionPlan.identity(count, tokens.features.device)
         matches = _Matches(self, tokens)
-        if self.keep_ratio is not None:
-            return matches.plan_by_budget(budget(self.keep_ratio, n))
-        return matches.plan_by_threshold()
+        return matches.plan_by_threshold() if count is None else matches.plan_by_budget(count)
 
 
 class _Matches:
@@ -120,123 +129,108 @@ class _Matches:
     def __init__(self, config: TTF, tokens: VisualTokens) -> None:
         self.config = config
         self.frames = tokens.frames
-        self.grid = tokens.grid
         self.places = tokens.grid[1] * tokens.grid[2]
         self.index = torch.arange(tokens.grid[0], device=tokens.features.device)
-        self.closeness = self._closeness() if self._chained or config.anchor == "auto" else None
-        self.anchor_of = self._first_anchor().expand(tokens.grid[0])
-        self._match(shared=True)
-
-    @property
-    def _chained(self) -> bool:
-        return self.config.reference == "previous"
+        self.chained = config.reference == "previous"
+        anchor = self._first_anchor()
+        self.anchor_of = anchor.expand_as(self.index)
+        # The first frame of a chain stands with itself; it is an anchor.
+        self._match((self.index - 1).clamp_min(0) if self.chained else anchor)
 
     def plan_by_threshold(self) -> FusionPlan:
         rounds = REANCHOR_ROUNDS if self.config.segments == "auto" else 0
         while True:
             kept = self._kept_by_threshold()
-            lost = self._lost()
+            segment = self._new_segments()
             # The one host synchronisation: how many survive, and whether a scene has no anchor.
-            count, open_frames = torch.stack([kept.sum(), lost.sum()]).tolist()
-            if not open_frames or not rounds:
+            count, segments = torch.stack([kept.sum(), segment.amax()]).tolist()
+            if not segments or not rounds:
                 break
-            self._reanchor(lost)
+            self._reanchor(segment)
             rounds -= 1
-        survivors = true_indices(kept, count)
-        return FusionPlan.from_roots(survivors, self._roots(kept))
+        return FusionPlan.from_roots(true_indices(kept, count), self._roots(kept))
 
     def plan_by_budget(self, count: int) -> FusionPlan:
-        if self.config.segments == "auto" and (room := count // self.places - 1) > 0:
-            for _ in range(1 if self._chained else REANCHOR_ROUNDS):
-                lost = self._lost()
-                # Reading a flag costs nothing on a CPU; on a GPU a needless round is cheaper.
-                if lost.device.type == "cpu" and not bool(lost.any()):
-                    break
-                self._reanchor(lost, room)
         if count < self.places:
             return self._part_of_one_frame(count)
-        anchors, floor = self._is_anchor[:, None], self._floor()
+        most = count // self.places
+        for _ in range(REANCHOR_ROUNDS if self.config.segments == "auto" and most > 1 else 0):
+            segment = self._new_segments(most)
+            # Reading a flag costs nothing on a CPU; on a GPU a needless round is cheaper.
+            if segment.device.type == "cpu" and not bool(segment.any()):
+                break
+            self._reanchor(segment)
         # Anchors first, then the floor, then the least similar.
-        key = torch.where(floor, self.similarity - 8, self.similarity)
-        key = torch.where(anchors, -16.0, key).flatten()
-        order = torch.argsort(key, stable=True)[:count]
-        kept = torch.zeros_like(key, dtype=torch.bool).index_fill(0, order, True)
-        return FusionPlan.from_roots(order.sort().values, self._roots(kept))
+        key = torch.where(self._floor(), self.similarity - 8, self.similarity)
+        key = torch.where(self._is_anchor[:, None], -16.0, key).flatten()
+        survivors = torch.argsort(key, stable=True)[:count].sort().values
+        kept = torch.zeros_like(key, dtype=torch.bool).index_fill(0, survivors, True)
+        return FusionPlan.from_roots(survivors, self._roots(kept))
 
     @property
     def _is_anchor(self) -> Tensor:
         return self.anchor_of == self.index
 
+    @cached_property
     def _closeness(self) -> Tensor:
-        """Cosine of every two frames' mean vectors, ``(T, T)``, symmetric to the bit."""
+        """How alike every two frames' mean vectors are, ``(T, T)`` long, diagonal 0.
+
+        Whole numbers, because their sums tie where the frames do, whatever order they are added in.
+        """
         means = self.frames.flatten(1, 2).mean(1, dtype=torch.float32)
-        means = torch.nn.functional.normalize(means, dim=-1)
-        product = means @ means.T
-        return product + product.T
+        cosines = cosine(means[None], means[None])[0]
+        return ((cosines + cosines.T) / STEP).long().fill_diagonal_(0)
 
     def _first_anchor(self) -> Tensor:
-        anchor, last = self.config.anchor, self.grid[0] - 1
-        if isinstance(anchor, int):
-            if not -last - 1 <= anchor <= last:
-                from tokenfuse.errors import ConfigError
+        """The anchor of all frames to begin with, ``(1,)``."""
+        anchor, frames = self.config.anchor, self.index.shape[0]
+        if anchor == "first" or self.chained or frames == 1:
+            return self.index[:1]
+        if anchor == "auto":
+            return first_argmax(self._closeness.sum(-1))[None]
+        if anchor >= frames:
+            raise ConfigError(
+                f"anchor: {anchor} is not a frame of a video of {frames} temporal patches; "
+                f'expected 0..{frames - 1}, "auto" or "first"'
+            )
+        return self.index[anchor : anchor + 1]
 
-                raise ConfigError(
-                    f"anchor: {anchor} is not a frame of a video of {last + 1} temporal patches; "
-                    f'expected 0..{last}, "auto" or "first"'
-                )
-            return self.index[anchor]
-        if anchor == "first" or self._chained or self.closeness is None:
-            return self.index[0]
-        return first_argmax(self.closeness.sum(-1))
-
-    def _match(self, *, shared: bool = False) -> None:
-        if self._chained:
-            # The first frame's own match is never used: it is an anchor.
-            reference = torch.cat([self.index[:1], self.index[:-1]])
-        else:
-            reference = self.anchor_of
-        if shared and not self._chained:
-            frames = self.frames.index_select(0, reference[:1])
-        else:
-            frames = self.frames.index_select(0, reference)
-        similarity, place = window_match(self.frames, frames, self.config.window)
+    def _match(self, reference: Tensor) -> None:
+        """Compare the frames with ``reference``, one frame for all or one for each."""
+        similarity, place = window_match(self.frames, reference, self.config.window)
         self.similarity = similarity.flatten(1)
         self.match = place.flatten(1) + reference[:, None] * self.places
 
-    def _lost(self) -> Tensor:
-        """Frames that their anchor does not explain, ``(T,)`` bool."""
+    def _new_segments(self, most: int | None = None) -> Tensor:
+        """The new segment that each frame belongs to: 1, 2, … in order, or 0 for none, ``(T,)``.
+
+        There are no more than make ``most`` anchors in all.
+        """
         matched = (self.similarity > self.config.threshold).sum(-1)
-        return (matched < self.config.reanchor * self.places) & ~self._is_anchor
+        lost = (matched < self.config.reanchor * self.places) & ~self._is_anchor
+        begins = lost
+        if not self.chained:
+            joins = lost[:-1] & (self.anchor_of[:-1] == self.anchor_of[1:])
+            begins = lost & ~torch.cat([joins.new_zeros(1), joins])
+        segment = torch.where(lost, begins.cumsum(0), 0)
+        if most is None:
+            return segment
+        return torch.where(segment + self._is_anchor.sum() <= most, segment, 0)
 
-    def _reanchor(self, lost: Tensor, room: int | None = None) -> None:
-        """Give each run of lost frames an anchor of its own; at most ``room`` anchors beyond the first."""
-        if self._chained:
-            begins, members = lost, torch.ones_like(lost)
-        else:
-            begins = lost & ~torch.cat([lost.new_zeros(1), lost[:-1]])
-            # A run also ends where frames come to stand with another anchor.
-            moved = torch.cat([lost.new_zeros(1), self.anchor_of[1:] != self.anchor_of[:-1]])
-            begins, members = begins | (lost & moved), lost
-        run = begins.cumsum(0)
-        if room is not None:
-            spent = self._is_anchor.sum() - 1
-            members = members & (run + spent <= room)
-            run = torch.minimum(run, (room - spent).clamp_min(0)) if self._chained else run
-            members = members | self._chained
-        same = (run[:, None] == run[None, :]) & members[:, None] & members[None, :]
-        score = self._run_score(same)
-        anchor = first_argmax(torch.where(same, score[None, :], -torch.inf))
-        self.anchor_of = torch.where(members, anchor, self.anchor_of)
-        if not self._chained:
-            self._match()
-
-    def _run_score(self, same: Tensor) -> Tensor:
-        """What the anchor of a run has most of: closeness to the run, or earliness."""
-        if self._chained or self.config.anchor == "first":
-            return -self.index.float()
-        if self.closeness is None:
-            self.closeness = self._closeness()
-        return torch.where(same, self.closeness, 0.0).sum(-1)
+    def _reanchor(self, segment: Tensor) -> None:
+        """Give each new segment an anchor of its own, and match again."""
+        if self.chained:
+            begins = self._is_anchor | (segment > 0)
+            self.anchor_of = torch.where(begins, self.index, 0).cummax(0).values
+            return
+        same = segment[:, None] == segment[None, :]
+        # The first of equals is the anchor: the first frame, if the score is the same for all.
+        score = torch.zeros_like(segment)
+        if self.config.anchor != "first":
+            score = torch.where(same, self._closeness, 0).sum(-1)
+        anchor = first_argmax(torch.where(same, score, torch.iinfo(torch.long).min))
+        self.anchor_of = torch.where(segment > 0, anchor, self.anchor_of)
+        self._match(self.anchor_of)
 
     def _floor(self) -> Tensor:
         """The ``min_tokens_per_frame`` least similar places of each frame, ``(T, P)`` bool."""
@@ -255,23 +249,20 @@ class _Matches:
         """The survivor that each source token belongs to, ``(N,)`` source indices."""
         own = torch.arange(kept.shape[0], device=kept.device)
         roots = torch.where(kept, own, self.match.flatten())
-        if self._chained:
+        if self.chained:
             # Each step doubles the length of chain that is resolved.
-            for _ in range((self.grid[0] - 1).bit_length()):
+            for _ in range((self.index.shape[0] - 1).bit_length()):
                 roots = roots[roots]
         return roots
 
     def _part_of_one_frame(self, count: int) -> FusionPlan:
         """Keep ``count`` tokens of the only anchor frame, fewer than it has."""
-        anchors = self._is_anchor[:, None].expand_as(self.match).flatten()
-        roots = self._roots(anchors)
         first = self.anchor_of[0] * self.places
-        local = roots - first
-        absorbed = torch.zeros(self.places, dtype=torch.long, device=local.device)
-        absorbed = absorbed.index_add(0, local, torch.ones_like(local))
-        chosen = torch.argsort(-absorbed, stable=True)[:count].sort().values
-        frame = self.frames.flatten(1, 2).index_select(0, self.anchor_of[:1])[0].float()
-        frame = torch.nn.functional.normalize(frame, dim=-1)
-        heir = chosen[first_argmax(frame @ frame[chosen].T)]
+        anchors = self._is_anchor[:, None].expand_as(self.match)
+        place = self._roots(anchors.flatten()) - first
+        absorbed = torch.zeros_like(self.match[0]).index_add(0, place, torch.ones_like(place))
+        chosen = torch.argsort(absorbed, descending=True, stable=True)[:count].sort().values
+        frame = self.frames.index_select(0, self.anchor_of[:1]).flatten(1, 2)
+        heir = chosen[first_argmax(cosine(frame, frame[:, chosen])[0])]
         heir = heir.scatter(0, chosen, chosen)
-        return FusionPlan.from_roots(chosen + first, heir[local] + first)
+        return FusionPlan.from_roots(chosen + first, heir[place] + first)

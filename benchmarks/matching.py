@@ -1,0 +1,65 @@
+"""Time a whole `ttf` plan against one read of the features: ``python benchmarks/matching.py``.
+
+T = 16 frames of 16 × 16 tokens of width 4096, one CPU thread, runs taken in turn, medians. For
+scale, a plain loop over the nine shifts of a 3 × 3 window is timed as well.
+"""
+
+import argparse
+import statistics
+import time
+from functools import partial
+
+import torch
+
+from tokenfuse import VisualTokens, strategy
+
+GRID, WIDTH = (16, 16, 16), 4096
+
+
+def shift_loop(frames: torch.Tensor) -> torch.Tensor:
+    """Greatest cosine in a 3 × 3 window of the first frame, one shift at a time."""
+    t, h, w, _ = frames.shape
+    best = torch.full((t, h, w), -2.0)
+    for di in (-1, 0, 1):
+        for dj in (-1, 0, 1):
+            rows = slice(max(0, -di), min(h, h - di))
+            cols = slice(max(0, -dj), min(w, w - dj))
+            moved = frames[:1, rows.start + di : rows.stop + di, cols.start + dj : cols.stop + dj]
+            cosine = torch.cosine_similarity(frames[:, rows, cols], moved, dim=-1)
+            best[:, rows, cols] = torch.maximum(best[:, rows, cols], cosine)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    base = torch.randn(1, *GRID[1:], WIDTH)
+    frames = (base + 0.5 * torch.randn(*GRID, WIDTH)).to(getattr(torch, args.dtype))
+    tokens = VisualTokens.from_grid(frames, GRID)
+    jobs = {
+        "one read, features.sum()": tokens.features.sum,
+        "ttf threshold=0.7": partial(strategy("ttf").plan, tokens),
+        "ttf keep_ratio=0.33": partial(strategy("ttf", keep_ratio=0.33).plan, tokens),
+        "ttf reference=previous": partial(strategy("ttf", reference="previous").plan, tokens),
+        "loop over 9 shifts, no plan": partial(shift_loop, frames),
+    }
+    times = {name: [] for name in jobs}
+    for run in range(args.runs + 1):
+        for name, job in jobs.items():
+            began = time.perf_counter()
+            job()
+            if run:
+                times[name].append((time.perf_counter() - began) * 1e3)
+    read = statistics.median(times["one read, features.sum()"])
+    print(f"T, H, W = {GRID}, D = {WIDTH}, {args.dtype}, 1 thread, median of {args.runs}")
+    for name, values in times.items():
+        median = statistics.median(values)
+        print(f"{name:30} {median:8.1f} ms  {median / read:6.1f} reads")
+
+
+if __name__ == "__main__":
+    main()

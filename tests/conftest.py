@@ -1,0 +1,54 @@
+"""What holds for the whole test run."""
+
+import logging
+import os
+import re
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "tokenfuse",
+    max_examples=200,
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.too_slow],  # a busy machine is no defect
+)
+settings.load_profile("tokenfuse")
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny tensors, over which a second thread only keeps the first waiting."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Deprecations(logging.Handler):
+    """Collects what transformers logs, not warns, about its deprecations."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def emit(self, record):
+        message = record.getMessage()
+        if re.search(r"deprec|will be removed|removed in v", message, re.IGNORECASE):
+            self.seen.append(f"{record.name}: {message}")
+
+
+# From the start: `warning_once` says a thing once per process, perhaps while tests are collected.
+_deprecations = Deprecations()
+logging.getLogger("transformers").addHandler(_deprecations)
+
+
+@pytest.fixture(autouse=True)
+def _no_logged_deprecation():
+    yield
+    seen, _deprecations.seen = _deprecations.seen, []
+    assert not seen, "transformers deprecates what tokenfuse uses:\n" + "\n".join(seen)

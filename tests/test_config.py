@@ -1,0 +1,374 @@
+"""Strategies from names, mappings and files; what a wrong configuration is told; the JSON Schema."""
+
+import json
+import re
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from pydantic import BaseModel
+
+from tokenfuse import FusionPlan, Strategy, VisualTokens, hookimpl, load_strategy, strategy
+from tokenfuse.config import json_schema, presets
+from tokenfuse.errors import ConfigError, UnknownNameError
+from tokenfuse.registry import Registry
+from tokenfuse.strategies.ttf import TTF
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+BUILT_IN = Registry(installed=False)
+
+
+class Limits(BaseModel):
+    least: int = 1
+
+
+class Stranger(Strategy):
+    """A strategy that no one registers."""
+
+    name: ClassVar[str] = "stranger"
+    share: float = 0.5
+    limits: Limits = Limits()
+
+    def plan(self, tokens: VisualTokens) -> FusionPlan:
+        return FusionPlan.identity(tokens.num_tokens)
+
+
+class Brought:
+    """A plugin that registers Stranger."""
+
+    @hookimpl
+    def tokenfuse_register_strategies(self, register):
+        register(Stranger)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function from YAML text to the file that holds it."""
+
+    def write(text):
+        path = tmp_path / "mine.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture
+def refusal(write):
+    """A function from YAML text to the message of the ConfigError that it raises."""
+
+    def refusal(text, kind=ConfigError):
+        with pytest.raises(ConfigError) as caught:
+            load_strategy(write(text))
+        assert type(caught.value) is kind
+        return str(caught.value)
+
+    return refusal
+
+
+# Every form of StrategyLike
+
+
+@pytest.mark.parametrize("overrides", [None, {}, {"window": 5}])
+@pytest.mark.parametrize("form", ["name", "preset", "text", "path", "mapping", "instance"])
+def test_every_form_loads_with_and_without_overrides(form, overrides, write):
+    path = write("strategy: ttf\nthreshold: 0.9\n")
+    source = {
+        "name": "ttf",
+        "preset": "ttf-gentle",
+        "text": str(path),
+        "path": path,
+        "mapping": {"strategy": "ttf", "threshold": 0.9},
+        "instance": TTF(threshold=0.9),
+    }[form]
+    expected = TTF(threshold=0.7 if form == "name" else 0.9, **(overrides or {}))
+    assert load_strategy(source, overrides) == expected
+
+
+def test_a_strategy_by_name_takes_its_options():
+    assert strategy("ttf", keep_ratio=0.5, window=5) == TTF(keep_ratio=0.5, window=5)
+    with pytest.raises(ConfigError, match=r'unknown key windw of ttf: did you mean "window"\?'):
+        strategy("ttf", windw=5)
+
+
+def test_an_instance_comes_back_itself():
+    mine = TTF()
+    assert load_strategy(mine) is mine
+
+
+def test_an_instance_need_not_be_registered_to_be_overridden():
+    changed = load_strategy(Stranger(limits=Limits(least=4)), {"share": 0.25})
+    assert changed == Stranger(share=0.25, limits=Limits(least=4))
+
+
+def test_loading_changes_neither_the_mapping_nor_the_overrides():
+    source, overrides = {"strategy": "ttf", "window": 5}, {"threshold": 0.5}
+    load_strategy(source, overrides)
+    assert source == {"strategy": "ttf", "window": 5}
+    assert overrides == {"threshold": 0.5}
+
+
+def test_an_override_may_name_another_strategy():
+    among = Registry([Brought()], installed=False)
+    assert load_strategy("ttf", {"strategy": "stranger"}, among=among) == Stranger()
+    with pytest.raises(ConfigError, match="unknown key threshold of stranger"):
+        load_strategy(TTF(), {"strategy": "stranger"}, among=among)
+
+
+def test_a_file_may_have_any_name_and_any_encoding_of_yaml(tmp_path):
+    path = tmp_path / "settings"
+    path.write_bytes("strategy: ttf\nthreshold: 0.9 # größer\n".encode("utf-16"))
+    assert load_strategy(path) == TTF(threshold=0.9)
+    assert load_strategy(str(path)) == TTF(threshold=0.9)
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(write):
+    assert load_strategy(write("strategy: ttf\nthreshold: 9e-1")).threshold == 0.9
+
+
+# Keys
+
+
+def test_an_unknown_key_is_refused_with_file_line_and_nearest_name(refusal):
+    message = refusal("strategy: ttf\n# a comment\nthresold: 0.5\n")
+    assert re.search(r'mine\.yaml, line 3: unknown key thresold of ttf: did you mean "thr', message)
+    assert "valid: anchor, keep_ratio, min_tokens_per_frame" in message
+
+
+def test_every_wrong_key_is_named_with_its_own_line(refusal):
+    message = refusal("strategy: ttf\nthresold: 0.5\nwindow: 4\nreduce: sum\n")
+    assert re.findall(r"line (\d): (?:unknown key )?(\w+)", message) == [
+        ("3", "window"),
+        ("4", "reduce"),
+        ("2", "thresold"),
+    ]
+
+
+def test_a_key_that_stands_twice_is_refused(refusal):
+    message = refusal("strategy: ttf\nwindow: 3\nthreshold: 0.5\nwindow: 5\n")
+    assert message.endswith("mine.yaml, line 4: key window stands twice; remove one")
+
+
+def test_a_key_that_is_not_text_is_refused(refusal):
+    assert "line 2: 7: " in refusal("strategy: ttf\n7: 0.5\n")
+    assert "is not valid YAML" in refusal("strategy: ttf\n? [a, b]\n: 0.5\n")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "advice"),
+    [
+        ("pruning_rate", 0.75, "use keep_ratio: 0.25"),
+        ("video_pruning_rate", 0.7, "use keep_ratio: 0.3"),
+        ("compression_ratio", 0.9, "use keep_ratio: 0.1"),
+        ("reduction", 0, "use keep_ratio: 1"),
+        ("retention_ratio", 0.25, "use keep_ratio: 0.25"),
+        ("compression_ratio", 4, "use keep_ratio, the share of tokens that stay, in (0, 1]"),
+        ("pruning_rate", 1, "use keep_ratio, the share of tokens that stay, in (0, 1]"),
+        ("pruning_rate", "75%", "use keep_ratio, the share of tokens that stay, in (0, 1]"),
+    ],
+)
+def test_other_projects_ratios_are_translated(refusal, key, value, advice):
+    message = refusal(f"strategy: ttf\n{key}: {value}\n")
+    assert message.endswith(f"mine.yaml, line 2: unknown key {key}: {advice}")
+
+
+def test_keep_ratio_is_advised_only_where_there_is_one():
+    with pytest.raises(ConfigError, match="unknown key pruning_rate of stranger") as caught:
+        load_strategy(Stranger(), {"pruning_rate": 0.75})
+    assert "keep_ratio" not in str(caught.value)
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expectation"),
+    [
+        ("threshold", "high", "'high' is wrong: it should be a valid number"),
+        ("threshold", ".nan", "nan is wrong: it should be greater than or equal to -1"),
+        ("threshold", "", "None is wrong: it should be a valid number"),
+        ("window", 4, "4 is wrong: a window has a middle, so it must be odd: 3 or 5"),
+        ("window", 2.5, "2.5 is wrong: it should be a valid integer"),
+        ("window", -1, "-1 is wrong: it should be greater than or equal to 1"),
+        ("keep_ratio", 0, "0 is wrong: it should be greater than 0"),
+        ("keep_ratio", 1.2, "1.2 is wrong: it should be less than or equal to 1"),
+        ("reduce", "sum", "'sum' is wrong: it should be 'mean' or 'keep'"),
+        ("positions", "drop", "'drop' is wrong: it should be 'keep' or 'contiguous'"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_line_and_what_was_expected(
+    refusal, key, value, expectation
+):
+    message = refusal(f"strategy: ttf\n\n{key}: {value}\n")
+    assert f"mine.yaml, line 3: {key}: {expectation}" in message
+
+
+def test_an_option_of_several_types_is_named_once(refusal):
+    message = refusal("strategy: ttf\nanchor: medoid\n")
+    assert message.count("'medoid'") == 1
+    assert "it should be 'auto' or 'first' or it should be a valid integer" in message
+
+
+def test_options_that_contradict_each_other_name_the_file(refusal):
+    message = refusal("strategy: ttf\nreference: previous\nanchor: 2\n")
+    assert "mine.yaml: ttf: reference: previous starts at the first frame" in message
+    assert message.endswith("use anchor: first")
+
+
+def test_a_wrong_override_is_not_blamed_on_the_file(write):
+    path = write("strategy: ttf\nthreshold: 0.5\n")
+    for overrides in ({"threshold": "x"}, {"thresold": 1}, {"strategy": "x"}):
+        with pytest.raises(ConfigError) as caught:
+            load_strategy(path, overrides)
+        assert "mine.yaml" not in str(caught.value)
+
+
+# Files and names
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "holds nothing; expected a mapping such as strategy: ttf"),
+        ("# only a comment\n", "holds nothing; expected a mapping such as strategy: ttf"),
+        ("- ttf\n", "holds a list; expected a mapping such as strategy: ttf"),
+        ("ttf\n", "holds a single value; expected a mapping such as strategy: ttf"),
+        ("window: [3\n", "is not valid YAML: "),
+        ("strategy: ttf\n---\nstrategy: ttf\n", "is not valid YAML: expected a single document"),
+        (b"strategy: ttf\nreduce: \xff\n", "is not valid YAML: "),
+        (b"strategy: ttf\nreduce: \x00\n", "is not valid YAML: "),
+        ("strategy: !!python/name:os.system\n", "is not valid YAML: could not determine a"),
+    ],
+)
+def test_a_file_that_is_no_configuration_says_so(refusal, text, problem):
+    assert f"mine.yaml {problem}" in refusal(text)
+
+
+def test_a_configuration_without_a_strategy_is_told_how_to_name_it(refusal):
+    expected = (
+        r"names its strategy; got the keys name, window; expected a line such as strategy: {}"
+    )
+    assert re.search(expected.format("tome$"), refusal("name: tome\nwindow: 3\n"))
+    assert "got the keys window; expected a line such as strategy: ttf" in refusal("window: 3\n")
+    with pytest.raises(ConfigError, match="got no key; expected a line such as strategy: ttf"):
+        load_strategy({})
+
+
+@pytest.mark.parametrize("value", ["3", "[ttf]", "{name: ttf}", ""])
+def test_a_strategy_that_is_no_name_is_refused(refusal, value):
+    assert re.search(r"line 1: strategy: .+ is not a name", refusal(f"strategy: {value}\n"))
+
+
+def test_an_unknown_strategy_in_a_file_names_the_line(refusal):
+    message = refusal("window: 3\nstrategy: tff\n", UnknownNameError)
+    assert 'mine.yaml, line 2: no strategy is called "tff": did you mean "ttf"?' in message
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("tff", "ttf"), ("TTF", "ttf"), ("ttf_gentle", "ttf-gentle")]
+)
+def test_an_unknown_name_is_told_the_nearest_strategy_or_preset(name, nearest):
+    with pytest.raises(UnknownNameError) as caught:
+        load_strategy(name)
+    # KeyError alone would show the message as a quoted repr.
+    start = f'no strategy or preset is called "{name}": did you mean "{nearest}"? valid: ttf, '
+    assert str(caught.value).startswith(start)
+    assert isinstance(caught.value, KeyError)
+
+
+def test_a_missing_file_is_told_what_there_is(tmp_path):
+    for missing in (tmp_path / "ttf.yaml", "ttf.yaml", str(tmp_path / "ttf")):
+        with pytest.raises(ConfigError, match=r'is not a file; .* did you mean "ttf"\? valid: ttf'):
+            load_strategy(missing)
+
+
+@pytest.mark.parametrize("source", [None, 3, ["ttf"], TTF])
+def test_what_can_be_no_configuration_is_refused_with_its_type(source):
+    with pytest.raises(ConfigError, match=f"is of type {type(source).__name__}; expected a str"):
+        load_strategy(source)
+
+
+# Presets
+
+
+def test_the_presets_are_the_files_of_configs():
+    assert presets() == {path.stem: path for path in CONFIGS.glob("*.yaml")}
+    assert {"ttf", "ttf-published", "ttf-third", "ttf-gentle"} <= set(presets())
+
+
+def test_the_presets_mean_what_their_names_say():
+    assert load_strategy(CONFIGS / "ttf.yaml") == TTF()
+    assert load_strategy("ttf-published") == TTF(threshold=0.7, window=3, segments="single")
+    assert load_strategy("ttf-third") == TTF(keep_ratio=0.33)
+    assert load_strategy("ttf-gentle") == TTF(threshold=0.9)
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_a_preset_survives_describe(name):
+    preset = load_strategy(name, among=BUILT_IN)
+    assert load_strategy(json.loads(json.dumps(preset.describe())), among=BUILT_IN) == preset
+
+
+@pytest.mark.parametrize("path", presets().values(), ids=lambda path: path.stem)
+def test_a_preset_says_where_its_schema_is_and_what_it_is_for(path):
+    schema, purpose, *rest = path.read_text("utf-8").splitlines()
+    assert schema == "# yaml-language-server: $schema=schema.json"
+    assert re.fullmatch(r"# [A-Z].*\.", purpose)
+    options = {line.partition(":")[0] for line in rest}
+    chosen = load_strategy(path, among=BUILT_IN)
+    assert options <= set(json_schema(BUILT_IN)["$defs"][chosen.name]["properties"])
+
+
+# JSON Schema
+
+
+def test_the_schema_of_the_presets_is_current():
+    kept = json.loads((CONFIGS / "schema.json").read_text("utf-8"))
+    assert kept == json.loads(json.dumps(json_schema(BUILT_IN))), (
+        'renew it: TOKENFUSE_PLUGINS="" tokenfuse schema > configs/schema.json'
+    )
+
+
+def references(schema):
+    """Every ``$ref`` in a JSON Schema."""
+    if isinstance(schema, list):
+        return [found for part in schema for found in references(part)]
+    if not isinstance(schema, dict):
+        return []
+    own = [schema["$ref"]] if "$ref" in schema else []
+    return own + [found for part in schema.values() for found in references(part)]
+
+
+def test_the_schema_tells_strategies_apart_by_name_and_knows_those_of_plugins():
+    schema = json_schema(Registry([Brought()], installed=False))
+    names = {ref["$ref"].removeprefix("#/$defs/") for ref in schema["oneOf"]}
+    assert names == {*BUILT_IN.strategies, "stranger"}
+    for name in names:
+        alternative = schema["$defs"][name]
+        assert alternative["properties"]["strategy"] == {"const": name}
+        assert "strategy" in alternative["required"]
+        assert alternative["additionalProperties"] is False
+    assert schema["discriminator"] == {"propertyName": "strategy"}
+    assert schema["$defs"]["stranger"]["properties"]["share"]["default"] == 0.5
+
+
+def test_options_of_like_named_types_do_not_meet_in_the_schema():
+    class Second(Stranger):
+        name: ClassVar[str] = "second"
+        limits: type("Limits", (BaseModel,), {"__annotations__": {"most": int}})
+
+    class Plugin:
+        @hookimpl
+        def tokenfuse_register_strategies(self, register):
+            register(Stranger)
+            register(Second)
+
+    schema = json_schema(Registry([Plugin()], installed=False))
+    limits = {}
+    for reference in references(schema):
+        found = schema
+        for step in reference.removeprefix("#/").split("/"):
+            found = found[step]
+        limits[reference] = set(found["properties"])
+    assert limits["#/$defs/stranger/$defs/Limits"] == {"least"}
+    assert limits["#/$defs/second/$defs/Limits"] == {"most"}

@@ -1,0 +1,34 @@
+"""The Python in the README and the tutorial runs as it stands, top to bottom."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokenfuse
+from tokenfuse.inference import load, video_inputs
+from tokenfuse.micro import SAMPLE, SAMPLE_QUESTION
+from tokenfuse.video import read_video
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/index.md", "docs/tutorial.md", "docs/how-to/configure.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_in_the_pages_runs(page, tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    assert blocks
+    monkeypatch.chdir(ROOT)
+    model, processor = load()
+    names = {
+        "tokenfuse": tokenfuse,
+        "model": model,
+        "processor": processor,
+        "inputs": video_inputs(processor, read_video(SAMPLE), SAMPLE_QUESTION),
+        "features": torch.randn(16 * 14 * 14, 32),
+    }
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)

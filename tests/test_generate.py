@@ -1,0 +1,580 @@
+"""``generate`` on shorter prompts: every way to decode, and later turns on the same cache."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    StaticCache,
+    StoppingCriteria,
+)
+
+import tokenfuse
+from models import (
+    AMONG,
+    Oracle,
+    batch,
+    build,
+    drop,
+    model_of,
+    one_video,
+    processor,
+    prompt,
+    two_videos,
+    user,
+)
+from tokenfuse.errors import PromptError
+
+HALF = drop(0.5)
+
+
+def compress(model, inputs, strategy=HALF):
+    return tokenfuse.compress(model, inputs, strategy, among=AMONG)
+
+
+def attach(model, strategy=HALF):
+    return tokenfuse.attach(model, strategy, among=AMONG)
+
+
+def length(inputs):
+    return inputs["input_ids"].shape[1]
+
+
+def answers(model, inputs, **options):
+    """Tokens after the prompt by ``attach``, and by ``compress`` and ``generate``."""
+    torch.manual_seed(0)
+    with attach(model):
+        ids = model.generate(**inputs, **options)
+    times = len(ids) // len(inputs["input_ids"])
+    begins = inputs["input_ids"].repeat_interleave(times, 0)
+    assert torch.equal(ids[:, : length(inputs)], begins)
+    torch.manual_seed(0)
+    short = compress(model, inputs)
+    explicit = model.generate(**short, **options)
+    return ids[:, length(inputs) :], explicit[:, length(short) :]
+
+
+@pytest.fixture
+def model():
+    return model_of()
+
+
+@pytest.mark.parametrize("inputs", [one_video(), batch()], ids=["one", "batch"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "temperature": 1.3, "top_k": 50},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 7},
+        {"use_cache": False},
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 3},
+    ],
+    ids=lambda options: " ".join(map(str, options)) or "greedy",
+)
+def test_attach_gives_what_compress_and_generate_give(model, inputs, options):
+    mine, explicit = answers(model, inputs, max_new_tokens=6, **options)
+    assert torch.equal(mine, explicit)
+    assert mine.shape[1] == 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"cache_implementation": "static"}, {"prefill_chunk_size": 7}, {"use_cache": False}],
+    ids=str,
+)
+def test_the_kind_of_cache_does_not_change_the_tokens(model, options):
+    inputs = batch()
+    greedy, _ = answers(model, inputs, max_new_tokens=6)
+    mine, _ = answers(model, inputs, max_new_tokens=6, **options)
+    assert torch.equal(mine, greedy)
+
+
+def test_prompt_lookup_decoding_gives_the_greedy_tokens(model):
+    inputs = one_video()
+    greedy, _ = answers(model, inputs, max_new_tokens=12)
+    mine, _ = answers(model, inputs, max_new_tokens=12, prompt_lookup_num_tokens=2)
+    assert torch.equal(mine, greedy)
+
+
+def test_several_answers_are_those_to_the_right_prompts(model):
+    """Beams of one row must not read another row's videos."""
+    inputs = batch()
+    mine, _ = answers(model, inputs, num_beams=3, max_new_tokens=6)
+    for i, row in enumerate(mine):
+        alone, _ = answers(model, batch(rows=[i]), num_beams=3, max_new_tokens=6)
+        assert torch.equal(row, alone[0])
+
+
+def test_positional_arguments_and_inputs_mean_the_same(model):
+    inputs = one_video()
+    expected, _ = answers(model, inputs, max_new_tokens=5)
+    config = GenerationConfig(max_new_tokens=5, pad_token_id=0, do_sample=False)
+    rest = {k: v for k, v in inputs.items() if k != "input_ids"}
+    with attach(model):
+        for ids in (
+            model.generate(inputs["input_ids"], config, **rest),
+            model.generate(inputs=inputs["input_ids"], generation_config=config, **rest),
+        ):
+            assert torch.equal(ids[:, length(inputs) :], expected)
+        with pytest.raises(TypeError):
+            model.generate(*[None] * 20, **inputs)
+        with pytest.raises(PromptError, match="leave inputs out"):
+            model.generate(inputs["input_ids"], **inputs, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("mask", [lambda m: m.bool(), lambda m: m.float(), lambda m: m.int()])
+def test_masks_of_any_dtype_mean_the_same(model, mask):
+    inputs = batch()
+    expected, _ = answers(model, inputs, max_new_tokens=5)
+    other = {**inputs, "attention_mask": mask(inputs["attention_mask"])}
+    mine, explicit = answers(model, other, max_new_tokens=5)
+    assert torch.equal(mine, expected)
+    assert torch.equal(explicit, expected)
+
+
+def test_no_mask_means_no_padding(model):
+    inputs = one_video()
+    expected, _ = answers(model, inputs, max_new_tokens=5)
+    del inputs["attention_mask"]
+    mine, _ = answers(model, inputs, max_new_tokens=5)
+    assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("where", ["keyword", "config", "model"])
+def test_lengths_count_the_callers_prompt(where):
+    model, inputs = build(), batch()
+    limits = {"max_length": length(inputs) + 7, "min_length": length(inputs) + 4}
+    first = compress(model, inputs)
+    token = int(model.generate(**first, max_new_tokens=1)[0, -1])
+    # The first row would end at once, were it not for min_length.
+    model.generation_config.eos_token_id = token
+    config = GenerationConfig(do_sample=False, eos_token_id=token)
+    options = limits
+    if where == "config":
+        config.update(**limits)
+        options = {"generation_config": config}
+    elif where == "model":
+        model.generation_config.update(**limits)
+        options = {}
+    before = [copy.deepcopy(c.to_dict()) for c in (config, model.generation_config)]
+    with attach(model):
+        ids = model.generate(**inputs, **options)
+    answer = ids[:, length(inputs) :]
+    assert answer.shape[1] == 7
+    assert (answer[:, :4] != token).all()
+    assert [c.to_dict() for c in (config, model.generation_config)] == before
+    with attach(model), pytest.raises(ValueError, match="max_length"):
+        model.generate(**inputs, max_length=length(inputs))
+
+
+def test_max_new_tokens_counts_new_tokens_whatever_the_prompt(model):
+    config = GenerationConfig(max_new_tokens=3)
+    with attach(model):
+        ids = model.generate(**one_video(), generation_config=config)
+    assert ids.shape[1] == length(one_video()) + 3
+    assert config.max_new_tokens == 3
+
+
+class Recorder:
+    def __init__(self):
+        self.values, self.ended = [], False
+
+    def put(self, value):
+        self.values.append(value)
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_streamer_sees_the_callers_prompt_then_each_token(model):
+    inputs, recorder = one_video(), Recorder()
+    with attach(model):
+        ids = model.generate(**inputs, max_new_tokens=5, streamer=recorder)
+    assert torch.equal(recorder.values[0], inputs["input_ids"])
+    assert torch.cat(recorder.values[1:]).tolist() == ids[0, length(inputs) :].tolist()
+    assert len(recorder.values) == 6
+    assert recorder.ended
+
+
+class SeesIds(LogitsProcessor, StoppingCriteria):
+    def __init__(self, stop_at=None):
+        self.stop_at, self.seen = stop_at, []
+
+    def __call__(self, input_ids, scores):
+        self.seen.append(input_ids)
+        if isinstance(scores, torch.Tensor) and self.stop_at is None:
+            return scores
+        return torch.full((len(input_ids),), input_ids.shape[1] >= (self.stop_at or 10**9))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_callers_processors_and_criteria_see_his_prompt(model, beams):
+    inputs, processor, criterion = batch(), SeesIds(), SeesIds(length(batch()) + 4)
+    with attach(model):
+        ids = model.generate(
+            **inputs,
+            max_new_tokens=9,
+            num_beams=beams,
+            logits_processor=[processor],
+            stopping_criteria=[criterion],
+        )
+    begins = inputs["input_ids"]
+    for seen in (*processor.seen, *criterion.seen):
+        times = len(seen) // len(begins)
+        assert torch.equal(seen[:, : length(inputs)], begins.repeat_interleave(times, 0))
+    assert ids.shape[1] == length(inputs) + 4
+
+
+def test_transformers_own_objects_that_count_the_prompt_are_moved(model):
+    inputs = one_video()
+    criterion = MaxLengthCriteria(length(inputs) + 4)
+    with attach(model):
+        ids = model.generate(**inputs, max_new_tokens=9, stopping_criteria=[criterion])
+    assert ids.shape[1] == length(inputs) + 4
+    assert criterion.max_length == length(inputs) + 4
+
+    token = int(ids[0, length(inputs)])
+    processor = MinLengthLogitsProcessor(length(inputs) + 2, token)
+    with attach(model):
+        ids = model.generate(**inputs, logits_processor=[processor], max_new_tokens=4)
+    assert (ids[0, length(inputs) :][:2] != token).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_return_sequences": 2}])
+def test_a_prefix_function_sees_the_callers_prompt(model, options):
+    inputs, seen = batch(), []
+
+    def allowed(number, ids):
+        seen.append((number, ids))
+        return list(range(100, 140))
+
+    options = {"do_sample": "num_return_sequences" in options, **options}
+    with attach(model):
+        ids = model.generate(
+            **inputs, max_new_tokens=3, prefix_allowed_tokens_fn=allowed, **options
+        )
+    assert ((ids[:, length(inputs) :] >= 100) & (ids[:, length(inputs) :] < 140)).all()
+    assert seen
+    for number, one in seen:
+        times = options.get("num_return_sequences", 1)
+        assert torch.equal(one[: length(inputs)], inputs["input_ids"][number // times])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_the_dictionary_holds_the_callers_sequences_and_as_many_scores(model, options):
+    inputs = batch()
+    with attach(model):
+        out = model.generate(
+            **inputs,
+            max_new_tokens=4,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **options,
+        )
+    times = options.get("num_return_sequences", 1)
+    begins = inputs["input_ids"].repeat_interleave(times, 0)
+    assert torch.equal(out.sequences[:, : length(inputs)], begins)
+    assert torch.equal(out["sequences"], out.sequences)
+    assert len(out.scores) == 4
+    scores = model.compute_transition_scores(
+        out.sequences, out.scores, out.get("beam_indices"), normalize_logits=not options
+    )
+    assert scores.shape == (len(out.sequences), 4)
+
+
+# Later turns
+
+
+def tokens(text, rows=1):
+    return processor().tokenizer([text] * rows, return_tensors="pt")["input_ids"]
+
+
+TURNS = ("user\nWhat color is the moving object?", "user\nWhich?", "user\nHow many objects?")
+
+
+def ways(inputs, first):
+    """The arguments by which callers bring a conversation back, beside ids and cache."""
+    mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"].new_ones(first.shape)], -1)
+    pixels = {k: v for k, v in inputs.items() if "pixel" in k or "grid" in k}
+    types = inputs["mm_token_type_ids"]
+    types = torch.cat([types, types.new_zeros(first.shape)], -1)
+    return {
+        "ids": {},
+        "mask": {"attention_mask": mask},
+        "bool mask": {"attention_mask": mask.bool()},
+        "all": {"attention_mask": mask, "mm_token_type_ids": types, **pixels},
+    }
+
+
+@pytest.mark.parametrize("make", [one_video, two_videos, batch])
+@pytest.mark.parametrize("way", ["ids", "mask", "bool mask", "all"])
+@pytest.mark.parametrize("cache", ["own", "given", "static"])
+def test_later_turns_equal_one_pass_over_the_conversation(model, make, way, cache):
+    inputs = make()
+    if way == "ids" and make is batch:
+        way = "mask"
+    oracle = Oracle(model, inputs, compress(model, inputs).plans)
+    options = {"max_new_tokens": 5, "return_dict_in_generate": True, "output_logits": True}
+    given = {
+        "own": None,
+        "given": DynamicCache(config=model.config.text_config),
+        "static": StaticCache(config=model.config.text_config, max_cache_len=160),
+    }[cache]
+    with attach(model):
+        arguments, ids = inputs, inputs["input_ids"]
+        for turn in (*TURNS, None):
+            out = model.generate(
+                **{**arguments, "input_ids": ids, "past_key_values": given}, **options
+            )
+            expected, logits = oracle.answer(5)
+            assert torch.equal(out.sequences[:, : ids.shape[1]], ids)
+            assert torch.equal(out.sequences[:, ids.shape[1] :], expected)
+            torch.testing.assert_close(torch.stack(out.logits, 1), logits, atol=1e-4, rtol=0)
+            given = out.past_key_values
+            if turn is not None:
+                new = tokens(turn, len(ids))
+                oracle.append(new)
+                ids = torch.cat([out.sequences, new], -1)
+                arguments = ways(inputs, ids[:, length(inputs) :])[way]
+
+
+def test_later_turns_may_be_padded_within_the_conversation(model):
+    inputs = batch()
+    oracle = Oracle(model, inputs, compress(model, inputs).plans)
+    options = {"max_new_tokens": 5, "return_dict_in_generate": True}
+    new = tokens(TURNS[0], 3)
+    later = torch.ones_like(new)
+    later[1, :4] = 0
+    with attach(model):
+        out = model.generate(**inputs, **options)
+        answered = torch.ones(3, 5, dtype=torch.long)
+        answered[0, 3:] = 0  # as if the first answer had ended early
+        ids = torch.cat([out.sequences, new], -1)
+        mask = torch.cat([inputs["attention_mask"], answered, later], -1)
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values, **options
+        )
+    oracle.answer(5)
+    # The answer was read when it was written; what its mask hides since, later tokens do not see.
+    oracle.seen[:, -5:] = answered.bool()
+    oracle.real[:, -5:] = answered.bool()
+    oracle.append(new, later)
+    expected, _ = oracle.answer(5)
+    assert torch.equal(out.sequences[:, ids.shape[1] :], expected)
+
+
+def test_a_copied_cache_is_continued_too(model):
+    """Copying the cache is how transformers reuses one prompt for several questions."""
+    inputs, options = one_video(), {"max_new_tokens": 5, "return_dict_in_generate": True}
+    with attach(model):
+        out = model.generate(**inputs, **options)
+        for turn in TURNS:
+            ids = torch.cat([out.sequences, tokens(turn)], -1)
+            cache = copy.deepcopy(out.past_key_values)
+            later = model.generate(input_ids=ids, past_key_values=cache, **options)
+            oracle = Oracle(model, inputs, compress(model, inputs).plans)
+            oracle.append(ids[:, length(inputs) :])
+            assert torch.equal(later.sequences[:, ids.shape[1] :], oracle.answer(5)[0])
+
+
+def test_a_turn_continues_where_another_prompt_came_between(model):
+    inputs, options = one_video(), {"max_new_tokens": 5, "return_dict_in_generate": True}
+    with attach(model):
+        out = model.generate(**inputs, **options)
+        model.generate(**two_videos(), **options)
+        ids = torch.cat([out.sequences, tokens(TURNS[0])], -1)
+        later = model.generate(input_ids=ids, past_key_values=out.past_key_values, **options)
+    oracle = Oracle(model, inputs, compress(model, inputs).plans)
+    oracle.append(ids[:, length(inputs) :])
+    assert torch.equal(later.sequences[:, ids.shape[1] :], oracle.answer(5)[0])
+
+
+def test_lengths_of_a_later_turn_count_the_whole_conversation(model):
+    inputs = one_video()
+    with attach(model):
+        out = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
+        ids = torch.cat([out.sequences, tokens(TURNS[0])], -1)
+        later = model.generate(
+            input_ids=ids, past_key_values=out.past_key_values, max_length=ids.shape[1] + 3
+        )
+    assert later.shape[1] == ids.shape[1] + 3
+
+
+def test_an_emptied_cache_takes_a_new_prompt(model):
+    cache = DynamicCache(config=model.config.text_config)
+    with attach(model):
+        model.generate(**one_video(), past_key_values=cache, max_new_tokens=3)
+        cache.reset()
+        ids = model.generate(**two_videos(), past_key_values=cache, max_new_tokens=3)
+        assert torch.equal(ids, model.generate(**two_videos(), max_new_tokens=3))
+
+
+def test_explicit_compression_leaves_the_delta_that_transformers_own_second_turn_needs(model):
+    """Without it the second turn's positions would be negative."""
+    inputs = batch()
+    oracle = Oracle(model, inputs, compress(model, inputs).plans)
+    short = compress(model, inputs)
+    options = {"max_new_tokens": 5, "return_dict_in_generate": True}
+    out = model.generate(**short, **options)
+    oracle.answer(5)
+    new = tokens(TURNS[0], 3)
+    oracle.append(new)
+    ids = torch.cat([out.sequences, new], -1)
+    tail = short["attention_mask"].new_ones(3, 5 + new.shape[1])
+    mask = torch.cat([short["attention_mask"], tail], -1)
+    seen = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    try:
+        later = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values, **options
+        )
+    finally:
+        handle.remove()
+    assert all(int(positions.min()) >= 0 for positions in seen)
+    end = oracle.positions[..., -1:]
+    assert torch.equal(seen[0][-1:, :, -1:], end[-1:])
+    assert torch.equal(later.sequences[:, ids.shape[1] :], oracle.answer(5)[0])
+
+
+def test_a_prompt_filled_by_forward_is_continued_by_generate(model):
+    inputs = one_video()
+    with attach(model):
+        cache = model(**inputs, use_cache=True).past_key_values
+        ids = torch.cat([inputs["input_ids"], tokens(TURNS[0])], -1)
+        out = model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=5)
+    oracle = Oracle(model, inputs, compress(model, inputs).plans)
+    oracle.append(tokens(TURNS[0]))
+    assert torch.equal(out[:, ids.shape[1] :], oracle.answer(5)[0])
+
+
+@pytest.mark.parametrize("side", ["left", "right", None])
+@pytest.mark.parametrize("as_tuple", [True, False])
+def test_a_loop_of_forwards_equals_the_oracle(model, side, as_tuple):
+    inputs = batch(side) if side else two_videos()
+    oracle = Oracle(model, inputs, compress(model, inputs).plans)
+    options = {"use_cache": True, "return_dict": not as_tuple}
+    cache, mask = DynamicCache(config=model.config.text_config), inputs["attention_mask"]
+    rows = len(mask)
+    with attach(model), torch.no_grad():
+        model(**inputs, past_key_values=cache, **options)
+        for new in tokens(TURNS[0], rows).split(2, dim=-1):
+            mask = torch.cat([mask, mask.new_ones(new.shape)], -1)
+            masked = {"attention_mask": mask} if side else {}
+            out = model(input_ids=new, past_key_values=cache, **masked, **options)
+            oracle.append(new)
+            got = (out[0] if as_tuple else out.logits)[:, -1]
+            torch.testing.assert_close(got, oracle.logits()[:, -1], atol=1e-4, rtol=0)
+
+
+# Conversations that cannot go on
+
+
+def first_turn(model, inputs=None, **options):
+    options = {"max_new_tokens": 4, "return_dict_in_generate": True, **options}
+    return model.generate(**(inputs or one_video()), **options)
+
+
+def test_a_new_video_in_a_later_turn_is_refused(model):
+    other = prompt([user("video", "Which?")], videos=[torch.zeros(4, 48, 48, 3).numpy()])
+    with attach(model):
+        out = first_turn(model)
+        ids = torch.cat([out.sequences, other["input_ids"]], -1)
+        rest = {k: other[k] for k in ("pixel_values_videos", "video_grid_thw")}
+        with pytest.raises(PromptError, match="a later turn brings a new video"):
+            model.generate(input_ids=ids, past_key_values=out.past_key_values, **rest)
+
+
+def test_a_cache_of_somebody_else_with_a_video_is_refused(model):
+    inputs = one_video()
+    out = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
+    with attach(model):
+        for call in (model.generate, model):
+            with pytest.raises(PromptError, match="already hold a prompt"):
+                call(**inputs, past_key_values=out.past_key_values)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ids: ids[:, 1:],
+        lambda ids: ids.index_fill(1, torch.tensor([3]), 5),
+        lambda ids: ids.index_fill(1, torch.tensor([ids.shape[1] - 3]), 5),
+        lambda ids: ids[:, :-2],
+        lambda ids: ids.repeat(2, 1),
+    ],
+    ids=["a token less", "another prompt", "another answer", "shorter", "more rows"],
+)
+def test_ids_that_do_not_begin_with_the_cached_tokens_are_refused(model, change):
+    with attach(model):
+        out = first_turn(model)
+        ids = change(out.sequences)
+        with pytest.raises(PromptError, match="do not begin with the"):
+            model.generate(input_ids=ids, past_key_values=out.past_key_values, max_new_tokens=2)
+
+
+def test_a_cropped_cache_is_refused_where_it_cuts_the_prompt(model):
+    with attach(model):
+        out = first_turn(model)
+        ids = torch.cat([out.sequences, tokens(TURNS[0])], -1)
+        cropped = copy.deepcopy(out.past_key_values)
+        cropped.crop(-2)
+        later = model.generate(input_ids=ids, past_key_values=cropped, max_new_tokens=4)
+        whole = model.generate(
+            input_ids=ids, past_key_values=copy.deepcopy(out.past_key_values), max_new_tokens=4
+        )
+        assert torch.equal(later, whole)
+        out.past_key_values.crop(-20)
+        with pytest.raises(PromptError, match="do not begin with the"):
+            model.generate(input_ids=ids, past_key_values=out.past_key_values)
+
+
+def test_a_mask_of_another_width_is_refused(model):
+    with attach(model):
+        out = first_turn(model)
+        ids = torch.cat([out.sequences, tokens(TURNS[0])], -1)
+        with pytest.raises(PromptError, match="attention_mask has shape"):
+            model.generate(
+                input_ids=ids,
+                past_key_values=out.past_key_values,
+                attention_mask=torch.ones_like(ids)[:, 1:],
+            )
+
+
+@pytest.mark.parametrize("name", ["position_ids", "inputs_embeds", "mm_encoder_outputs"])
+def test_what_counts_by_the_uncompressed_prompt_is_refused_later(model, name):
+    with attach(model):
+        out = first_turn(model)
+        ids = torch.cat([out.sequences, tokens(TURNS[0])], -1)
+        with pytest.raises(PromptError, match=f"brings {name}"):
+            model.generate(
+                input_ids=ids, past_key_values=out.past_key_values, **{name: torch.ones(1, 2)}
+            )
+
+
+def test_new_ids_that_do_not_fit_the_cache_are_refused_by_forward(model):
+    with attach(model):
+        out = first_turn(model)
+        for ids in (None, torch.ones(2, 1, dtype=torch.long)):
+            with pytest.raises(PromptError, match="do not go on from the"):
+                model(input_ids=ids, past_key_values=out.past_key_values)
+        with pytest.raises(PromptError, match="do not begin with the"):
+            model.generate(past_key_values=out.past_key_values)
+
+
+def test_the_wrapped_methods_keep_their_signatures(model):
+    before = [inspect.signature(getattr(model, name)) for name in ("generate", "forward")]
+    with attach(model):
+        inside = [inspect.signature(getattr(model, name)) for name in ("generate", "forward")]
+    assert inside == before

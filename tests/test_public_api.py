@@ -1,0 +1,160 @@
+"""What the package promises to strangers: its names, errors, docstrings, hooks and light import."""
+
+import builtins
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+import tokenfuse
+from tokenfuse import errors, hookspecs
+
+DOCS = Path(__file__).parents[1] / "docs"
+MODULES = ["tokenfuse", *(m.name for m in pkgutil.walk_packages(tokenfuse.__path__, "tokenfuse."))]
+ERRORS = [e for e in vars(errors).values() if inspect.isclass(e) and issubclass(e, Exception)]
+HOOKS = [name for name in vars(hookspecs) if name.startswith("tokenfuse_")]
+
+
+def test_all_is_what_the_design_promises():
+    calls = {"adapters", "attach", "compress", "load_strategy", "strategies", "strategy"}
+    results = {"Compressed", "CompressedInputs", "Registered", "Report", "Session"}
+    for_authors = {
+        "Adapter",
+        "FusionPlan",
+        "Strategy",
+        "TokenFuseError",
+        "VisualTokens",
+        "hookimpl",
+    }
+    assert set(tokenfuse.__all__) == calls | results | for_authors
+    assert len(set(tokenfuse.__all__)) == len(tokenfuse.__all__)
+
+
+def test_all_is_what_there_is():
+    submodules = {name.split(".")[1] for name in MODULES if "." in name}
+    visible = {name for name in vars(tokenfuse) if not name.startswith("_")}
+    assert visible - submodules - {"annotations"} <= set(tokenfuse.__all__)
+    assert set(tokenfuse.__all__) <= visible
+
+
+def test_importing_tokenfuse_is_light():
+    code = (
+        "import sys, tokenfuse\n"
+        "tokenfuse.strategy('ttf'), tokenfuse.strategies(), tokenfuse.adapters()\n"
+        "heavy = {'transformers', 'torchvision', 'typer', 'rich', 'av', 'matplotlib', 'PIL'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TOKENFUSE_PLUGINS": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[]\n"
+    assert "Warning" not in done.stderr
+
+
+# Errors
+
+
+def test_every_error_is_a_tokenfuse_error_and_what_the_tree_says():
+    lines = re.findall(r"([│├└─ ]*)(\w+Error)(?: \((\w+)\) +(.+))?", errors.__doc__)
+    assert [name for _, name, _, _ in lines] == [cls.__name__ for cls in ERRORS]
+    parents = [errors.TokenFuseError]
+    for indent, name, builtin, meaning in lines[1:]:
+        depth = len(indent) // 4
+        cls = getattr(errors, name)
+        assert issubclass(cls, parents[depth - 1]), name
+        assert issubclass(cls, getattr(builtins, builtin)), name
+        assert meaning
+        parents[depth:] = [cls]
+
+
+@pytest.mark.parametrize("cls", ERRORS)
+def test_every_error_shows_its_message_as_it_is(cls):
+    message = 'no strategy is called "x": valid: ttf'
+    assert str(cls(message)) == message
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("tff", 'did you mean "ttf"? valid: divprune, ttf'),
+        ("TTF", 'did you mean "ttf"? valid: divprune, ttf'),
+        ("zebra", "valid: divprune, ttf"),
+        ("", "valid: divprune, ttf"),
+    ],
+)
+def test_did_you_mean(given, expected):
+    assert errors.did_you_mean(given, ["ttf", "divprune"]) == expected
+
+
+def test_did_you_mean_where_there_is_nothing():
+    assert errors.did_you_mean("ttf", []) == "valid: none"
+
+
+# Docstrings
+
+
+def undocumented(module):
+    """Public classes, functions and methods that a module defines without a docstring.
+
+    Properties may speak by their names, and ``main`` is what its module's docstring says.
+    """
+    missing = [] if module.__doc__ else [module.__name__]
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+            continue
+        if inspect.isfunction(value) and name != "main" and not inspect.getdoc(value):
+            missing.append(name)
+        if inspect.isclass(value):
+            if not value.__dict__.get("__doc__"):
+                missing.append(name)
+            for member, raw in vars(value).items():
+                plain = member.startswith("_") or isinstance(raw, property | cached_property)
+                if plain or not inspect.isroutine(getattr(value, member)):
+                    continue
+                # A method that overrides means what the one above it says.
+                if not inspect.getdoc(getattr(value, member)):
+                    missing.append(f"{name}.{member}")
+    return missing
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_everything_public_has_a_docstring(name):
+    assert undocumented(importlib.import_module(name)) == []
+
+
+# Documentation
+
+
+def test_there_are_the_hooks_that_the_design_names():
+    assert HOOKS == [
+        "tokenfuse_register_strategies",
+        "tokenfuse_register_adapters",
+        "tokenfuse_planned",
+        "tokenfuse_compressed",
+    ]
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_every_hook_has_one_line_of_docstring_and_a_place_in_the_docs(name):
+    spec = getattr(hookspecs, name)
+    assert hasattr(spec, "tokenfuse_spec")
+    assert re.fullmatch(r"[A-Z].*\.", spec.__doc__)
+    page = (DOCS / "reference" / "hooks.md").read_text("utf-8")
+    assert f"::: tokenfuse.hookspecs.{name}\n" in page
+
+
+@pytest.mark.parametrize("name", [*tokenfuse.__all__, *(cls.__name__ for cls in ERRORS)])
+def test_every_public_name_has_a_place_in_the_docs(name):
+    page = (DOCS / "reference" / "api.md").read_text("utf-8")
+    assert re.search(rf"(::: tokenfuse\.(errors\.)?|tokenfuse\.){name}\b", page)

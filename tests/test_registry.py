@@ -1,0 +1,498 @@
+"""Plugins: what they bring, and that one which fails takes nothing else down."""
+
+import importlib.metadata
+import re
+import sys
+import types
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+import tokenfuse
+from tokenfuse import Adapter, FusionPlan, Strategy, VisualTokens, hookimpl
+from tokenfuse.adapters.qwen3_vl import Qwen3VL
+from tokenfuse.errors import PluginError, UnknownNameError, UnsupportedModelError
+from tokenfuse.registry import PluginWarning, Registry, builtin_strategies
+from tokenfuse.strategies.ttf import TTF
+
+
+class KeepAll(Strategy):
+    """A strategy that needs nothing."""
+
+    name: ClassVar[str] = "keep_all"
+
+    def plan(self, tokens: VisualTokens) -> FusionPlan:
+        return FusionPlan.identity(tokens.num_tokens)
+
+
+class KeepMost(KeepAll):
+    name: ClassVar[str] = "keep_most"
+
+
+class Nameless(Strategy):
+    def plan(self, tokens: VisualTokens) -> FusionPlan:
+        return FusionPlan.identity(tokens.num_tokens)
+
+
+class Unfinished(Strategy):
+    name: ClassVar[str] = "unfinished"
+
+
+class Narrow(Qwen3VL):
+    """One checkpoint of a family that has an adapter."""
+
+    name: ClassVar[str] = "narrow"
+
+    @classmethod
+    def matches(cls, model: Any) -> bool:
+        return super().matches(model) and model.config.checkpoint == "narrow"
+
+
+class Anything(Adapter):
+    """An adapter that derives from no built-in one."""
+
+    name: ClassVar[str] = "anything"
+
+    @classmethod
+    def matches(cls, model: Any) -> bool:
+        return hasattr(model, "config")
+
+    def grids(self, inputs, modality):
+        return []
+
+
+class Broken(Anything):
+    name: ClassVar[str] = "broken"
+
+    @classmethod
+    def matches(cls, model: Any) -> bool:
+        return model.no_such_attribute
+
+
+def strategies_plugin(*classes, name="plugin"):
+    """A module that registers strategies."""
+
+    @hookimpl
+    def tokenfuse_register_strategies(register):
+        for cls in classes:
+            register(cls)
+
+    module = types.ModuleType(name)
+    module.tokenfuse_register_strategies = tokenfuse_register_strategies
+    return module
+
+
+def adapters_plugin(*classes):
+    """An object that registers adapters."""
+
+    class Plugin:
+        @hookimpl
+        def tokenfuse_register_adapters(self, register):
+            for cls in classes:
+                register(cls)
+
+    return Plugin()
+
+
+def registry_of(*plugins):
+    return Registry(plugins, installed=False)
+
+
+def model(model_type="qwen3_vl", checkpoint="wide"):
+    """As much of a Qwen3-VL as ``matches`` looks at."""
+    config = SimpleNamespace(model_type=model_type, checkpoint=checkpoint)
+    return SimpleNamespace(config=config, model=SimpleNamespace(rope_deltas=None))
+
+
+@dataclass
+class Distribution:
+    name: str | None
+
+
+@dataclass
+class EntryPoint:
+    """An entry point whose module is at hand, or whose loading raises."""
+
+    name: str
+    module: Any
+    dist: Distribution | None
+    value: str = "some_package.plugin"
+
+    def load(self):
+        if isinstance(self.module, Exception):
+            raise self.module
+        return self.module
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """A function that makes entry points the only installed ones."""
+    monkeypatch.delenv("TOKENFUSE_PLUGINS", raising=False)
+
+    def install(*points):
+        def entry_points(*, group):
+            return [point for point in points if group == "tokenfuse"]
+
+        monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+
+    return install
+
+
+# What there is
+
+
+def test_built_ins_come_through_the_same_hooks_from_tokenfuse():
+    found = registry_of()
+    assert found.strategies["ttf"].cls is TTF
+    assert found.adapters["qwen3_vl"].cls is Qwen3VL
+    assert {entry.distribution for entry in found.strategies.values()} == {"tokenfuse"}
+    registered = []
+    builtin_strategies.tokenfuse_register_strategies(register=registered.append)
+    assert registered == [entry.cls for entry in found.strategies.values()]
+
+
+def test_every_built_in_is_named_as_its_file():
+    found = registry_of()
+    for entry in (*found.strategies.values(), *found.adapters.values()):
+        assert entry.cls.__module__.rpartition(".")[2] == entry.cls.name
+
+
+def test_modules_and_objects_are_plugins_and_are_named():
+    found = registry_of(strategies_plugin(KeepAll, name="my_module"), adapters_plugin(Anything))
+    assert found.strategies["keep_all"].cls is KeepAll
+    assert found.strategies["keep_all"].distribution == "my_module"
+    assert found.adapters["anything"].distribution == "Plugin"
+    assert "keep_all" not in registry_of().strategies
+
+
+def test_public_listings_are_copies_with_the_distribution():
+    listed = tokenfuse.strategies()
+    assert listed["ttf"].distribution == "tokenfuse"
+    listed.clear()
+    assert "ttf" in tokenfuse.strategies()
+    assert tokenfuse.adapters()["qwen3_vl"].cls is Qwen3VL
+
+
+def test_an_unknown_strategy_is_told_the_nearest():
+    with pytest.raises(UnknownNameError) as caught:
+        registry_of(strategies_plugin(KeepAll)).strategy("keepall")
+    message = 'no strategy is called "keepall": did you mean "keep_all"? valid: keep_all, '
+    assert str(caught.value).startswith(message)
+
+
+# Plugins that fail
+
+
+def test_a_plugin_that_cannot_be_imported_is_named_and_the_rest_works(install):
+    install(
+        EntryPoint("a", ImportError("no module named gone"), Distribution("dist-a")),
+        EntryPoint("b", strategies_plugin(KeepAll), Distribution("dist-b")),
+    )
+    with pytest.warns(PluginWarning) as caught:
+        found = Registry()
+    assert [str(w.message) for w in caught] == [
+        "tokenfuse plugin dist-a cannot be loaded (some_package.plugin): "
+        "ImportError: no module named gone"
+    ]
+    assert found.strategies["keep_all"].distribution == "dist-b"
+    assert "ttf" in found.strategies
+
+
+@pytest.mark.parametrize("dist", [None, Distribution(None)])
+def test_an_entry_point_without_a_distribution_is_named_by_its_value(install, dist):
+    install(EntryPoint("a", strategies_plugin(KeepAll), dist))
+    assert Registry().strategies["keep_all"].distribution == "some_package.plugin"
+
+
+def test_a_plugin_that_raises_while_registering_keeps_what_it_brought_before(install):
+    class Half:
+        @hookimpl
+        def tokenfuse_register_strategies(self, register):
+            register(KeepAll)
+            raise RuntimeError("half way")
+
+        @hookimpl
+        def tokenfuse_register_adapters(self, register):
+            register(Anything)
+
+    install(
+        EntryPoint("half", Half(), Distribution("dist-half")),
+        EntryPoint("whole", strategies_plugin(KeepMost), Distribution("dist-whole")),
+    )
+    message = "plugin dist-half raised in tokenfuse_register_strategies: RuntimeError: half way"
+    with pytest.warns(PluginWarning, match=message):
+        found = Registry()
+    assert {"ttf", "keep_all", "keep_most"} <= set(found.strategies)
+    assert {"qwen3_vl", "anything"} <= set(found.adapters)
+
+
+@pytest.mark.parametrize(
+    "rubbish", [Nameless, Unfinished, Strategy, Anything, KeepAll(), "ttf", None, list[int]]
+)
+def test_what_is_no_strategy_is_not_registered(install, rubbish):
+    install(
+        EntryPoint("a", strategies_plugin(rubbish), Distribution("dist-a")),
+        EntryPoint("b", strategies_plugin(KeepMost), Distribution("dist-b")),
+    )
+    expected = (
+        f"plugin dist-a raised in tokenfuse_register_strategies: PluginError: {rubbish!r} is "
+        "registered; expected a concrete subclass of tokenfuse.strategies.base.Strategy"
+    )
+    with pytest.warns(PluginWarning, match=re.escape(expected)):
+        found = Registry()
+    assert set(found.strategies) == {*registry_of().strategies, "keep_most"}
+
+
+def test_what_is_no_adapter_is_not_registered():
+    with pytest.warns(PluginWarning, match=r"concrete subclass of tokenfuse\.adapters\.base\.Ad"):
+        assert set(registry_of(adapters_plugin(KeepAll)).adapters) == set(registry_of().adapters)
+
+
+class Misspelt:
+    @hookimpl
+    def tokenfuse_register_strategy(self, register):
+        """One letter is not the hook's."""
+
+
+class TooCurious:
+    @hookimpl
+    def tokenfuse_compressed(self, report, model):
+        """The hook brings no model."""
+
+
+class Unmarked:
+    def tokenfuse_compressed(self, report):
+        """Without hookimpl this is a function like any other."""
+
+
+@pytest.mark.parametrize(
+    ("plugin", "problem"),
+    [
+        (Misspelt(), r"PluginValidationError: unknown hook 'tokenfuse_register_strategy'"),
+        (TooCurious(), r"PluginValidationError: [\s\S]*Argument\(s\) {'model'}"),
+        (Unmarked(), r"PluginError: .* implements no hook; expected a function such as"),
+        (None, r"PluginError: None implements no hook"),
+        ("my_package.plugin", r"PluginError: 'my_package.plugin' implements no hook"),
+    ],
+)
+def test_a_plugin_that_could_never_be_called_is_left_out_and_named(install, plugin, problem):
+    install(
+        EntryPoint("a", plugin, Distribution("dist-a")),
+        EntryPoint("b", strategies_plugin(KeepAll), Distribution("dist-b")),
+    )
+    with pytest.warns(PluginWarning, match=f"plugin dist-a is left out: {problem}") as caught:
+        found = Registry()
+    assert len(caught) == 1
+    assert {"ttf", "keep_all"} <= set(found.strategies)
+
+
+# Names that are taken
+
+
+def test_a_name_registered_twice_is_an_error_naming_both(install):
+    install(
+        EntryPoint("a", strategies_plugin(KeepAll), Distribution("dist-a")),
+        EntryPoint("b", strategies_plugin(KeepAll), Distribution("dist-b")),
+    )
+    expected = 'strategy "keep_all" is registered twice, by dist-a and by dist-b: rename one, or '
+    with pytest.raises(PluginError, match=expected):
+        Registry()
+
+
+def test_a_built_in_name_is_taken():
+    class Other(KeepAll):
+        name: ClassVar[str] = "ttf"
+
+    with pytest.raises(PluginError, match='"ttf" is registered twice, by tokenfuse and by plugin'):
+        registry_of(strategies_plugin(Other))
+    with pytest.raises(PluginError, match='adapter "qwen3_vl" is registered twice, by tokenfuse'):
+        registry_of(adapters_plugin(Qwen3VL))
+
+
+def test_a_plugin_cannot_hide_a_name_that_is_taken():
+    class Hiding:
+        @hookimpl
+        def tokenfuse_register_strategies(self, register):
+            try:
+                register(TTF)
+            except Exception:
+                return
+
+    with pytest.raises(PluginError, match='"ttf" is registered twice'):
+        registry_of(Hiding())
+
+
+def test_one_module_given_twice_is_one_plugin(install):
+    module = strategies_plugin(KeepAll)
+    install(
+        EntryPoint("a", module, Distribution("dist-a")),
+        EntryPoint("b", module, Distribution("dist-b")),
+    )
+    assert Registry([module, module]).strategies["keep_all"].distribution == "plugin"
+
+
+def test_plugins_need_not_be_hashable_and_equal_ones_are_still_two():
+    @dataclass
+    class Counting:
+        seen: list
+
+        @hookimpl
+        def tokenfuse_compressed(self, report):
+            self.seen.append(report)
+
+    first, second = Counting([]), Counting([])
+    assert first == second
+    with pytest.raises(TypeError):
+        hash(first)
+    registry_of(first, second).observe("tokenfuse_compressed", report="report")
+    assert (first.seen, second.seen) == (["report"], ["report"])
+
+
+# TOKENFUSE_PLUGINS
+
+
+@pytest.mark.parametrize(
+    ("allowed", "brought"),
+    [
+        (None, {"keep_all", "keep_most", "third"}),
+        ("", set()),
+        ("a", {"keep_all"}),
+        (" b , c,", {"keep_most", "third"}),
+    ],
+)
+def test_the_environment_limits_the_plugins(install, monkeypatch, allowed, brought):
+    class Third(KeepAll):
+        name: ClassVar[str] = "third"
+
+    install(
+        EntryPoint("a", strategies_plugin(KeepAll), None),
+        EntryPoint("b", strategies_plugin(KeepMost), None),
+        EntryPoint("c", strategies_plugin(Third), None),
+    )
+    if allowed is not None:
+        monkeypatch.setenv("TOKENFUSE_PLUGINS", allowed)
+    assert set(Registry().strategies) - set(registry_of().strategies) == brought
+
+
+def test_a_plugin_that_is_left_out_is_not_imported(install, monkeypatch):
+    install(EntryPoint("bad", SystemError("imported"), Distribution("dist-bad")))
+    monkeypatch.setenv("TOKENFUSE_PLUGINS", "")
+    assert set(Registry().strategies) == set(registry_of().strategies)
+
+
+def test_the_environment_names_a_plugin_that_is_not_installed(install, monkeypatch):
+    install(EntryPoint("mine", strategies_plugin(KeepAll), None))
+    monkeypatch.setenv("TOKENFUSE_PLUGINS", "mime")
+    with pytest.warns(PluginWarning, match=r'names "mime", .* not installed: did you mean "mine"'):
+        assert "keep_all" not in Registry().strategies
+
+
+def test_a_real_distribution_is_found_by_its_entry_point(tmp_path, monkeypatch):
+    info = tmp_path / "stranger_fuse-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger-fuse\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[tokenfuse]\nstranger = stranger_fuse\n")
+    (tmp_path / "stranger_fuse.py").write_text(
+        "from tests_keep_all import KeepAll\n"
+        "from tokenfuse import hookimpl\n"
+        "@hookimpl\n"
+        "def tokenfuse_register_strategies(register):\n"
+        "    register(KeepAll)\n"
+    )
+    shared = types.ModuleType("tests_keep_all")
+    shared.KeepAll = KeepAll
+    monkeypatch.setitem(sys.modules, "tests_keep_all", shared)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("TOKENFUSE_PLUGINS", "stranger")
+    assert Registry().strategies["keep_all"].distribution == "stranger-fuse"
+    assert sys.modules.pop("stranger_fuse")
+
+
+# Observers
+
+
+def test_observers_get_the_arguments_that_they_ask_for():
+    class Observer:
+        def __init__(self):
+            self.seen = []
+
+        @hookimpl
+        def tokenfuse_planned(self, plan, strategy):
+            self.seen.append((plan, strategy))
+
+    class Silent:
+        @hookimpl
+        def tokenfuse_planned(self):
+            return "ignored"
+
+    observer = Observer()
+    found = registry_of(observer, Silent())
+    found.observe("tokenfuse_planned", tokens="tokens", plan="plan", strategy="strategy")
+    found.observe("tokenfuse_compressed", report="report")
+    assert observer.seen == [("plan", "strategy")]
+
+
+def test_an_observer_that_raises_is_named_and_the_others_still_see():
+    seen = []
+
+    class Raising:
+        @hookimpl
+        def tokenfuse_compressed(self, report):
+            raise ZeroDivisionError("no tokens")
+
+    class Seeing:
+        @hookimpl
+        def tokenfuse_compressed(self, report):
+            seen.append(report)
+
+    class SeeingToo(Seeing):
+        pass
+
+    found = registry_of(Seeing(), Raising(), SeeingToo())
+    expected = "plugin Raising raised in tokenfuse_compressed: ZeroDivisionError: no tokens"
+    with pytest.warns(PluginWarning, match=expected):
+        found.observe("tokenfuse_compressed", report="report")
+    assert seen == ["report", "report"]
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("order", [(Narrow, Anything), (Anything, Narrow)])
+def test_the_most_derived_adapter_that_matches_wins(order):
+    found = registry_of(adapters_plugin(*order))
+    narrow = model(checkpoint="narrow")
+    chosen = registry_of(adapters_plugin(Narrow)).adapter(narrow)
+    assert type(chosen) is Narrow
+    assert chosen.model is narrow
+    assert type(found.adapter(model(checkpoint="wide"))) is Qwen3VL
+    assert type(found.adapter(model("another_model"))) is Anything
+
+
+def test_between_strangers_a_built_in_adapter_wins_however_deep_the_other_is():
+    class Base(Anything):
+        pass
+
+    class Deep(Base):
+        name: ClassVar[str] = "deep"
+
+    assert type(registry_of(adapters_plugin(Deep)).adapter(model())) is Qwen3VL
+
+
+def test_an_adapter_that_raises_while_matching_is_named_and_matches_nothing():
+    found = registry_of(adapters_plugin(Broken))
+    with pytest.warns(PluginWarning, match=r"plugin Plugin raised in Broken\.matches: Attribute"):
+        assert type(found.adapter(model())) is Qwen3VL
+
+
+def test_a_model_that_no_adapter_matches_is_told_which_there_are():
+    with pytest.raises(UnsupportedModelError) as caught:
+        registry_of(adapters_plugin(Narrow)).adapter(model("gpt2"))
+    message = str(caught.value)
+    assert "no adapter matches SimpleNamespace (model_type 'gpt2')" in message
+    assert ", ".join(sorted(["narrow", *registry_of().adapters])) in message
+    assert isinstance(caught.value, TypeError)
+    with pytest.raises(UnsupportedModelError, match=r"no adapter matches object \(model_type None"):
+        registry_of().adapter(object())
