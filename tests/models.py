@@ -19,14 +19,11 @@ from tokenfuse.micro.build import MERGE, PATCH, SIZE, SPECIAL, build_processor
 from tokenfuse.micro.tasks import make_clip
 from tokenfuse.registry import Registry
 
-# More threads make models of this size thirty times slower on a busy machine.
-torch.set_num_threads(1)
-
 processor = functools.cache(build_processor)
 
 
 def build(kind="dense", attention="sdpa", seed=0):
-    """A random model in eval mode; ``kind`` is dense or moe. DeepStack takes two of three layers."""
+    """A random model in eval mode; ``kind`` is dense or moe. DeepStack feeds 2 of 3 layers."""
     tokenizer = processor().tokenizer
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     text = {

@@ -35,6 +35,8 @@ from tokenfuse.errors import (
 )
 from tokenfuse.registry import Registry
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HALF = drop(0.5)
 
 

@@ -1,4 +1,4 @@
-"""Strategies from names, mappings and files; what a wrong configuration is told; the JSON Schema."""
+"""Strategies from names, mappings and files, what wrong ones are told, and the JSON Schema."""
 
 import json
 import re

@@ -31,6 +31,8 @@ from models import (
 )
 from tokenfuse.errors import PromptError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HALF = drop(0.5)
 
 
@@ -316,13 +318,23 @@ def ways(inputs, first):
     }
 
 
-@pytest.mark.parametrize("make", [one_video, two_videos, batch])
-@pytest.mark.parametrize("way", ["ids", "mask", "bool mask", "all"])
-@pytest.mark.parametrize("cache", ["own", "given", "static"])
+@pytest.mark.parametrize(
+    ("make", "way", "cache"),
+    [
+        (one_video, "ids", "own"),
+        (one_video, "mask", "given"),
+        (one_video, "all", "own"),
+        (two_videos, "ids", "static"),
+        (two_videos, "all", "given"),
+        (batch, "ids", "own"),
+        (batch, "mask", "own"),
+        (batch, "bool mask", "static"),
+        (batch, "mask", "given"),
+        (batch, "all", "own"),
+    ],
+)
 def test_later_turns_equal_one_pass_over_the_conversation(model, make, way, cache):
     inputs = make()
-    if way == "ids" and make is batch:
-        way = "mask"
     oracle = Oracle(model, inputs, compress(model, inputs).plans)
     options = {"max_new_tokens": 5, "return_dict_in_generate": True, "output_logits": True}
     given = {

@@ -19,6 +19,8 @@ from models import (
 )
 from tokenfuse.report import kv_cache_bytes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = {
     "video": one_video,
     "image": one_image,

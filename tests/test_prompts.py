@@ -7,6 +7,8 @@ import tokenfuse
 from models import AMONG, batch, build, drop, image_then_video, model_of, one_image, one_video
 from tokenfuse.errors import ConfigError, PromptError, TokensError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def without(inputs, *names):
     return {name: value for name, value in inputs.items() if name not in names}

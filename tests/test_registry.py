@@ -4,6 +4,7 @@ import importlib.metadata
 import re
 import sys
 import types
+import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -373,7 +374,10 @@ def test_the_environment_limits_the_plugins(install, monkeypatch, allowed, broug
     )
     if allowed is not None:
         monkeypatch.setenv("TOKENFUSE_PLUGINS", allowed)
-    assert set(Registry().strategies) - set(registry_of().strategies) == brought
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = Registry()
+    assert set(found.strategies) - set(registry_of().strategies) == brought
 
 
 def test_a_plugin_that_is_left_out_is_not_imported(install, monkeypatch):

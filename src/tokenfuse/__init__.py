@@ -1,4 +1,4 @@
-"""tokenfuse: visual-token compression for video-language models, training-free and model-agnostic."""
+"""tokenfuse: fewer visual tokens for video-language models, without training or patched models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from tokenfuse.engine import CompressedInputs, compress
 from tokenfuse.errors import TokenFuseError
 from tokenfuse.hookspecs import hookimpl
 from tokenfuse.plan import FusionPlan
-from tokenfuse.registry import Registered, registry
+from tokenfuse.registry import Registered
+from tokenfuse.registry import registry as _registry
 from tokenfuse.report import Report
 from tokenfuse.session import Session, attach
 from tokenfuse.strategies.base import Compressed, Strategy
@@ -39,9 +40,9 @@ __all__ = [
 
 def strategies() -> dict[str, Registered[Strategy]]:
     """Every registered strategy by name, with the distribution that brought it."""
-    return dict(registry().strategies)
+    return dict(_registry().strategies)
 
 
 def adapters() -> dict[str, Registered[Adapter]]:
     """Every registered adapter by name, with the distribution that brought it."""
-    return dict(registry().adapters)
+    return dict(_registry().adapters)

@@ -9,7 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """``lap()`` ends a step; ``read()`` gives the milliseconds of each, with one CUDA synchronisation."""
+    """``lap()`` ends a step; ``read()`` the milliseconds of each. On CUDA one synchronisation."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -18,6 +18,7 @@ class Stopwatch:
         self.lap()
 
     def lap(self) -> None:
+        """End a step."""
         if self._stream is None:
             self._marks.append(time.perf_counter())
             return
@@ -26,6 +27,7 @@ class Stopwatch:
         self._events.append(event)
 
     def read(self) -> list[float]:
+        """Milliseconds of each step so far."""
         if self._stream is None:
             return [(b - a) * 1e3 for a, b in pairwise(self._marks)]
         self._events[-1].synchronize()

@@ -73,6 +73,7 @@ class Adapter(ABC):
         """Store the delta that decoding and later turns read. Nothing to do for 1-D rope."""
 
     def has_visuals(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the inputs bring pixels."""
         return any(inputs.get(name) is not None for name in PIXELS.values())
 
     def encoder_inputs(self, inputs: Mapping[str, Any], modality: Modality) -> dict[str, Any]:

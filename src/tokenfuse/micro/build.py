@@ -87,6 +87,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def build_processor() -> Qwen3VLProcessor:
+    """The processor of the micro model: transformers' own, for frames of 96 × 96 at most."""
     vision: dict[str, Any] = {
         "patch_size": PATCH,
         "merge_size": MERGE,
