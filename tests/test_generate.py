@@ -29,6 +29,7 @@ from models import (
     two_videos,
     user,
 )
+from tokenfuse.callers import as_the_caller_means
 from tokenfuse.errors import PromptError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -235,6 +236,18 @@ def test_the_callers_processors_and_criteria_see_his_prompt(model, beams):
         times = len(seen) // len(begins)
         assert torch.equal(seen[:, : length(inputs)], begins.repeat_interleave(times, 0))
     assert ids.shape[1] == length(inputs) + 4
+
+
+def test_what_stands_in_for_the_callers_objects_can_be_copied_and_asked(model):
+    """transformers copies criteria, and asks them for attributes such as eos_token_id."""
+    prompt, short = torch.zeros(1, 5).long(), torch.zeros(1, 3).long()
+    given = {"stopping_criteria": [SeesIds(7)]}
+    moved = as_the_caller_means(given, prompt, short, model.generation_config)
+    (view,) = copy.deepcopy(moved["stopping_criteria"])
+    assert view.stop_at == 7
+    assert not hasattr(view, "eos_token_id")
+    assert not view(torch.zeros(1, 4).long(), None)
+    assert view(torch.zeros(1, 5).long(), None)
 
 
 def test_transformers_own_objects_that_count_the_prompt_are_moved(model):

@@ -98,6 +98,11 @@ def test_the_first_colour_appears_before_the_last(seed):
     assert seen[first] + 2 * 2 <= seen[last]
 
 
+def test_too_few_patches_are_refused():
+    with pytest.raises(ValueError, match="expected 2 or more"):
+        make_clip(0, patches=1, scene="order")
+
+
 def test_an_unknown_shape_is_refused():
     from tokenfuse.micro.tasks import _paint
 

@@ -43,13 +43,15 @@ def test_the_shipped_clip_gets_the_same_answer_from_fewer_tokens():
     check_figures(result)
 
 
-@pytest.mark.parametrize("task", ["color", "flash"])
-def test_a_clip_of_the_callers_own(tmp_path, task):
+@pytest.mark.parametrize(
+    ("task", "option"), [("color", "threshold=0.7"), ("flash", "keep_ratio=0.33")]
+)
+def test_a_clip_of_the_callers_own(tmp_path, task, option):
     clip = make_clip(11, patches=8, scene="motion", split="test")
     question = next(q for q in clip.questions if q.task == task)
     path = tmp_path / "clip.mp4"
     write_clip(clip, path)
-    result = run(path, "--question", question.text)
+    result = run(path, "--question", question.text, "--set", option)
     assert result["uncompressed"]["text"] == question.answer
     assert result["compressed"]["text"] == question.answer
     assert result["frames"] == 16
@@ -90,7 +92,7 @@ def test_a_still_image_has_nothing_to_compare(tmp_path):
     from PIL import Image
 
     path = tmp_path / "still.png"
-    Image.fromarray(make_clip(0, patches=1).frames[0]).save(path)
+    Image.fromarray(make_clip(0, patches=1, scene="motion").frames[0]).save(path)
     result = run(path)
     assert result["frames"] == 1
     assert "one frame only" in result["report"]["reason"]

@@ -31,7 +31,7 @@ def window_match(
     count, height, width, _ = frames.shape
     reach = window // 2
     # Few large products suit a GPU; on a CPU a small tile stays in cache and wastes less.
-    tile = 4 if frames.device.type == "cpu" else 16
+    tile = 4 if on_host(frames) else 16
     similarity = frames.new_empty((count, height, width), dtype=torch.float32)
     index = torch.empty((count, height, width), dtype=torch.long, device=frames.device)
     for top in range(0, height, tile):
@@ -48,6 +48,11 @@ def window_match(
             similarity[:, rows, cols] = best.view(queries.shape[:3])
             index[:, rows, cols] = place.view(queries.shape[:3])
     return similarity, index
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether ``x`` lies where reading a value waits for nothing."""
+    return x.device.type == "cpu"
 
 
 def cosine(queries: Float[Tensor, "F n D"], near: Float[Tensor, "R m D"]) -> Float[Tensor, "F n m"]:
@@ -91,8 +96,7 @@ def _best(
     order = (di + dj) * candidates + torch.arange(candidates, device=similar.device)
     tied = similar == best[..., None]
     order = torch.where(tied, order, torch.iinfo(torch.long).max)
-    place = (y * width + x)[order.argmin(-1)]
-    return best, torch.where(best == NO_MATCH, i * width + j, place)
+    return best, (y * width + x)[order.argmin(-1)]
 
 
 def _places(rows: slice, cols: slice, device: torch.device) -> tuple[Tensor, Tensor]:

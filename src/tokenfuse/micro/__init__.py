@@ -14,4 +14,4 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 SAMPLE = Path(__file__).parent / "sample.mp4"
 """A short clip that the micro model has not been trained on."""
 
-SAMPLE_QUESTION = "In which direction does the object move?"
+SAMPLE_QUESTION = "What color is the moving object?"

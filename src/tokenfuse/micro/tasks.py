@@ -102,10 +102,18 @@ def make_clip(
     split: Split = "train",
     flash: int = 1,
 ) -> Clip:
-    """Render a clip of ``patches`` temporal patches; the mark lasts ``flash`` of them."""
+    """Render a clip of ``patches`` temporal patches; the mark lasts ``flash`` of them.
+
+    Raises ValueError where there are too few patches: two things in order need two.
+    """
     rng = np.random.default_rng([("train", "test").index(split), patches, seed])
     if scene is None:
         scene = SCENES[rng.integers(len(SCENES))]
+    least = max(flash, 2 if scene == "order" else 1)
+    if patches < least:
+        raise ValueError(
+            f"{patches} patches are too few for scene {scene}; expected {least} or more"
+        )
     frames = FRAMES_PER_PATCH * patches
     video = np.broadcast_to(_background(rng), (frames, SIZE, SIZE, 3)).copy()
     questions = list(_SCENES[scene](rng, video, patches))

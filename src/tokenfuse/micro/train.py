@@ -194,11 +194,12 @@ def train(
     workers: int = 1,
     init: Path | None = None,
     stop: int | None = None,
+    fall: float = 0.25,
 ) -> None:
     """Train from scratch, or from the checkpoint ``init``; save model and processor into ``out``.
 
     The first ``short`` share of the steps sees clips of 4 temporal patches, the rest 4 to
-    ``longest``. The rate warms up over 200 steps, holds, and falls linearly over the last quarter.
+    ``longest``. The rate warms up over 200 steps, holds, and falls linearly over the last ``fall``.
     """
     if init:
         processor = Qwen3VLProcessor.from_pretrained(init)
@@ -224,8 +225,9 @@ def train(
         lr=rate,
         betas=(0.9, 0.98),
     )
+    warm = min(200, max(1, steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1.0, (i + 1) / 200, max(0.01, (steps - i) / (0.25 * steps)))
+        optimizer, lambda i: min(1.0, (i + 1) / warm, max(0.01, (steps - i) / (fall * steps)))
     )
     for part in (*model.model.language_model.layers, *model.model.visual.blocks):
         part.compile(dynamic=True)
@@ -269,6 +271,7 @@ def main() -> None:
     parser.add_argument("--short", type=float, default=0.4, help="share of steps at 4 patches")
     parser.add_argument("--longest", type=int, default=10, help="temporal patches at most")
     parser.add_argument("--rate", type=float, default=2e-3, help="greatest learning rate")
+    parser.add_argument("--fall", type=float, default=0.25, help="share of steps of falling rate")
     parser.add_argument("--init", type=Path, help="checkpoint to go on from")
     parser.add_argument("--stop", type=int, help="end after this many of the steps")
     parser.add_argument("--seed", type=int, default=0)
@@ -285,6 +288,7 @@ def main() -> None:
         seed=args.seed,
         init=args.init,
         stop=args.stop,
+        fall=args.fall,
     )
 
 

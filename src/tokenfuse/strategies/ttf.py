@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from tokenfuse.errors import ConfigError
-from tokenfuse.kernels.window import STEP, cosine, window_match
+from tokenfuse.kernels.window import STEP, cosine, on_host, window_match
 from tokenfuse.plan import FusionPlan, Reduce
 from tokenfuse.strategies.base import Strategy
 from tokenfuse.strategies.select import budget, first_argmax, true_indices
@@ -33,9 +33,9 @@ class TTF(Strategy):
     An image is its own anchor, whatever ``anchor`` says.
 
     ``segments="auto"``: a frame of which less than ``reanchor`` matched is lost. Each run of
-    consecutive lost frames that stand with the same anchor gets an anchor of its own: its medoid,
-    or its first frame with ``anchor="first"``. Then all is matched again, up to REANCHOR_ROUNDS
-    times. ``"single"`` is the published form.
+    consecutive lost frames gets an anchor of its own, its medoid, or its first frame with
+    ``anchor="first"``. Then all is matched again, up to REANCHOR_ROUNDS times. ``"single"`` is the
+    published form.
 
     ``reference="previous"`` compares each frame with the one before instead, and a fused token
     belongs to whatever its match belongs to. The first frame is the anchor, and with
@@ -156,8 +156,8 @@ class _Matches:
         most = count // self.places
         for _ in range(REANCHOR_ROUNDS if self.config.segments == "auto" and most > 1 else 0):
             segment = self._new_segments(most)
-            # Reading a flag costs nothing on a CPU; on a GPU a needless round is cheaper.
-            if segment.device.type == "cpu" and not bool(segment.any()):
+            # Elsewhere a needless round, which changes nothing, is cheaper than reading a flag.
+            if on_host(segment) and not bool(segment.any()):
                 break
             self._reanchor(segment)
         # Anchors first, then the floor, then the least similar.
@@ -173,13 +173,13 @@ class _Matches:
 
     @cached_property
     def _closeness(self) -> Tensor:
-        """How alike every two frames' mean vectors are, ``(T, T)`` long, diagonal 0.
+        """How alike every two frames' mean vectors are, ``(T, T)`` long, symmetric.
 
         Whole numbers, because their sums tie where the frames do, whatever order they are added in.
         """
         means = self.frames.flatten(1, 2).mean(1, dtype=torch.float32)
         cosines = cosine(means[None], means[None])[0]
-        return ((cosines + cosines.T) / STEP).long().fill_diagonal_(0)
+        return ((cosines + cosines.T) / STEP).long()
 
     def _first_anchor(self) -> Tensor:
         """The anchor of all frames to begin with, ``(1,)``."""
@@ -210,8 +210,7 @@ class _Matches:
         lost = (matched < self.config.reanchor * self.places) & ~self._is_anchor
         begins = lost
         if not self.chained:
-            joins = lost[:-1] & (self.anchor_of[:-1] == self.anchor_of[1:])
-            begins = lost & ~torch.cat([joins.new_zeros(1), joins])
+            begins = lost & ~torch.cat([lost.new_zeros(1), lost[:-1]])
         segment = torch.where(lost, begins.cumsum(0), 0)
         if most is None:
             return segment
