@@ -14,7 +14,13 @@ from tokenfuse.micro import SAMPLE, SAMPLE_QUESTION
 from tokenfuse.video import read_video
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/index.md", "docs/tutorial.md", "docs/how-to/configure.md")
+PAGES = (
+    "README.md",
+    "docs/index.md",
+    "docs/tutorial.md",
+    "docs/how-to/configure.md",
+    "docs/how-to/use-a-model.md",
+)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -28,6 +34,7 @@ def test_python_in_the_pages_runs(page, tmp_path, monkeypatch):
         "model": model,
         "processor": processor,
         "inputs": video_inputs(processor, read_video(SAMPLE), SAMPLE_QUESTION),
+        "torch": torch,
         "features": torch.randn(16 * 14 * 14, 32),
     }
     for block in blocks:
