@@ -1,4 +1,4 @@
-"""What the caller of ``generate`` counts and sees by his own prompt while a shorter one runs."""
+"""What the caller of ``generate`` counts and sees by their own prompt while a shorter one runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def as_the_caller_means(
     """Arguments of ``generate`` for the ``short (B, L')`` prompt in place of the ``prompt (B, L)``.
 
     Lengths that count the prompt shrink with it. A streamer, and every processor, criterion and
-    prefix function of the caller's own, sees his prompt. Nothing that he passed is changed.
+    prefix function of the caller's own, sees their prompt. Nothing that they passed is changed.
     ``defaults`` is the model's generation_config.
     """
     moved = dict(arguments)
@@ -96,7 +96,7 @@ class _View:
 
 
 class _PromptStreamer:
-    """Gives the caller's streamer his prompt, then every token as it comes."""
+    """Gives the caller's streamer their prompt, then every token as it comes."""
 
     def __init__(self, streamer: Any, callers_ids: Callable[[Tensor], Tensor]) -> None:
         self._streamer = streamer

@@ -43,7 +43,7 @@ def attach(model: Any, strategy: StrategyLike, *, among: Registry | None = None)
 
 @dataclass(frozen=True, eq=False)
 class _Turn:
-    """What a cache holds: the short prompt ``(B, L')`` where the caller has his prompt ``(B, L)``.
+    """What a cache holds: the short prompt ``(B, L')`` in place of the caller's ``(B, L)``.
 
     ``seen``: the caller's prompt and all that followed it into the cache.
     """
