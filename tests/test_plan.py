@@ -72,6 +72,13 @@ def test_fuse_takes_the_mean_of_each_survivors_tokens(plan, dtype, shape):
     assert torch.equal(fused[alone], x[plan.survivors][alone]), "nothing to average"
 
 
+@pytest.mark.parametrize(("dtype", "value"), [(torch.bfloat16, 1.0), (torch.float16, 60000.0)])
+def test_the_mean_of_many_half_precision_tokens_is_not_summed_in_half_precision(dtype, value):
+    many = FusionPlan(torch.tensor([0]), torch.zeros(1000, dtype=torch.long))
+    x = torch.full((1000, 2), value, dtype=dtype)
+    assert torch.equal(many.fuse(x), x[:1])
+
+
 @given(plans(), st.sampled_from([torch.long, torch.bool, torch.float16]))
 def test_select_and_keep_leave_the_survivors_rows_as_they_were(plan, dtype):
     x = torch.randint(0, 50, (plan.num_source, 3)).to(dtype)

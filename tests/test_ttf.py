@@ -303,6 +303,14 @@ def test_scenes_that_return(orders, seed):
     assert sorted(order[t] for t in found) == sorted(expected)
 
 
+def test_reanchoring_ends_after_its_rounds():
+    # With anchor "first" each round gives one more scene of a run an anchor.
+    held = "ABCDEFGHI"[: REANCHOR_ROUNDS + 1]
+    config = TTF(anchor="first")
+    assert config.plan(scenes(held + held[-1], 0)).num_kept == 12 * len(held)
+    assert config.plan(scenes(held + "XX", 0)).num_kept == 12 * (len(held) + 2)
+
+
 @given(st.sampled_from(["AABAA", "ABAB", "AABBCC", "ABCABC"]), SEEDS)
 def test_a_chain_begins_again_at_every_cut(order, seed):
     tokens = scenes(order, seed)

@@ -14,6 +14,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 PaddingSide = Literal["left", "right"]
+Mask = Bool[Tensor, "B L"] | Int[Tensor, "B L"]
+"""1 or true where there is a token, 0 or false at padding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +40,12 @@ class Realigned:
         return torch.where(self.valid, x.gather(-1, columns), fill)
 
 
-def padding_side(mask: Int[Tensor, "B L"]) -> PaddingSide:
+def padding_side(mask: Mask) -> PaddingSide:
     """The side on which ``mask`` is padded; left, for generation, where it is not. One sync."""
     return "right" if bool((mask[:, -1:] == 0).any()) and bool((mask[:, :1] != 0).any()) else "left"
 
 
-def shorten(mask: Int[Tensor, "B L"], keep: Bool[Tensor, "B L"], side: PaddingSide) -> Realigned:
+def shorten(mask: Mask, keep: Bool[Tensor, "B L"], side: PaddingSide) -> Realigned:
     """Leave out the tokens that ``keep`` marks false, and pad rows again to a common length.
 
     One host synchronisation, for the new length.
