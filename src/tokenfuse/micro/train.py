@@ -52,7 +52,8 @@ class Conversations(IterableDataset[dict[str, Any]]):
     """Endless batches of clips with all their questions, ready for the model.
 
     The first ``short`` batches have 4 temporal patches, later ones 4 to ``longest``. In the first
-    ``still`` batches the mark stays for the whole clip.
+    ``still`` batches the mark stays for the whole clip. ``motion`` is the share of clips in which
+    something moves.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Conversations(IterableDataset[dict[str, Any]]):
         short: int = 0,
         longest: int = 4,
         still: int = 0,
+        motion: float = 0.5,
     ) -> None:
         self.tokenizer = processor.tokenizer
         self.batch = batch
@@ -71,6 +73,7 @@ class Conversations(IterableDataset[dict[str, Any]]):
         self.short = short
         self.longest = longest
         self.still = still
+        self.motion = motion
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
@@ -80,7 +83,8 @@ class Conversations(IterableDataset[dict[str, Any]]):
             patches = 4 if index < self.short else int(rng.integers(4, self.longest + 1))
             # A mark that stays is found sooner; then it learns to flash.
             flash = patches if index < self.still else 1
-            scenes = rng.choice(len(SCENES), self.batch, p=(0.5, 0.25, 0.25))
+            shares = (self.motion, *[(1 - self.motion) / 2] * 2)
+            scenes = rng.choice(len(SCENES), self.batch, p=shares)
             first = (self.seed << 32) + index * self.batch
             clips = [
                 make_clip(first + i, patches=patches, scene=SCENES[s], flash=flash)
@@ -195,6 +199,7 @@ def train(
     init: Path | None = None,
     stop: int | None = None,
     fall: float = 0.25,
+    motion: float = 0.5,
 ) -> None:
     """Train from scratch, or from the checkpoint ``init``; save model and processor into ``out``.
 
@@ -216,6 +221,7 @@ def train(
         short=int(short * steps),
         longest=longest,
         still=0 if init else steps // 10,
+        motion=motion,
     )
     loader = iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4))
     decay = [p for p in model.parameters() if p.ndim > 1]
@@ -272,6 +278,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=10, help="temporal patches at most")
     parser.add_argument("--rate", type=float, default=2e-3, help="greatest learning rate")
     parser.add_argument("--fall", type=float, default=0.25, help="share of steps of falling rate")
+    parser.add_argument("--motion", type=float, default=0.5, help="share of clips that move")
     parser.add_argument("--init", type=Path, help="checkpoint to go on from")
     parser.add_argument("--stop", type=int, help="end after this many of the steps")
     parser.add_argument("--seed", type=int, default=0)
@@ -289,6 +296,7 @@ def main() -> None:
         init=args.init,
         stop=args.stop,
         fall=args.fall,
+        motion=args.motion,
     )
 
 
