@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 PaddingSide = Literal["left", "right"]
-Mask = Bool[Tensor, "B L"] | Int[Tensor, "B L"]
-"""1 or true where there is a token, 0 or false at padding."""
+Mask = Shaped[Tensor, "B L"]
+"""Non-zero where there is a token, zero at padding; of any dtype, as transformers takes them."""
 
 
 @dataclass(frozen=True, eq=False)
