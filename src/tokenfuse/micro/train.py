@@ -99,7 +99,7 @@ class Conversations(IterableDataset[dict[str, Any]]):
         return ids
 
     def _collate(self, clips: list[Clip], patches: int, rng: np.random.Generator) -> dict[str, Any]:
-        # Releases of transformers differ in whether a pair of vision markers encloses the frames.
+        # With and without a pair of vision markers around all frames: the model reads both.
         enclosed = bool(rng.integers(2))
         rows, labels, tasks, heads = [], [], [], []
         for clip in clips:
