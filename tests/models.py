@@ -14,6 +14,7 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+import tokenfuse
 from tokenfuse import FusionPlan, Strategy, hookimpl
 from tokenfuse.micro.build import MERGE, PATCH, SIZE, SPECIAL, build_processor
 from tokenfuse.micro.tasks import make_clip
@@ -209,6 +210,17 @@ AMONG = Registry([Plugin()], installed=False)
 
 def drop(reduction=0.33, **options):
     return Drop(reduction=reduction, **options)
+
+
+HALF = drop(0.5)
+
+
+def compress(model, inputs, strategy=HALF):
+    return tokenfuse.compress(model, inputs, strategy, among=AMONG)
+
+
+def attach(model, strategy=HALF):
+    return tokenfuse.attach(model, strategy, among=AMONG)
 
 
 def visual_ids():

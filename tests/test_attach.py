@@ -10,10 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, pipeline
 
 import tokenfuse
 from models import (
-    AMONG,
     Halves,
+    attach,
     batch,
     build,
+    compress,
     drop,
     image,
     image_then_video,
@@ -36,16 +37,6 @@ from tokenfuse.errors import (
 from tokenfuse.registry import Registry
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-HALF = drop(0.5)
-
-
-def compress(model, inputs, strategy=HALF):
-    return tokenfuse.compress(model, inputs, strategy, among=AMONG)
-
-
-def attach(model, strategy=HALF):
-    return tokenfuse.attach(model, strategy, among=AMONG)
 
 
 @pytest.fixture

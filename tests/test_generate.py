@@ -15,13 +15,12 @@ from transformers import (
     StoppingCriteria,
 )
 
-import tokenfuse
 from models import (
-    AMONG,
     Oracle,
+    attach,
     batch,
     build,
-    drop,
+    compress,
     model_of,
     one_video,
     processor,
@@ -33,16 +32,6 @@ from tokenfuse.callers import as_the_caller_means
 from tokenfuse.errors import PromptError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-HALF = drop(0.5)
-
-
-def compress(model, inputs, strategy=HALF):
-    return tokenfuse.compress(model, inputs, strategy, among=AMONG)
-
-
-def attach(model, strategy=HALF):
-    return tokenfuse.attach(model, strategy, among=AMONG)
 
 
 def length(inputs):

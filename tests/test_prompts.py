@@ -145,14 +145,8 @@ def test_a_prompt_may_not_end_with_a_token_that_the_plan_drops():
     end = int((inputs["mm_token_type_ids"][0] != 0).nonzero().max()) + 1
     inputs = as_all(lambda x: x[:, :end])(inputs)
     tokenfuse.compress(model_of(), inputs, drop(0.0), among=AMONG)
-    refused = 0
-    for seed in range(4):
-        try:
-            tokenfuse.compress(model_of(), inputs, drop(0.6, seed=seed), among=AMONG)
-        except PromptError as error:
-            assert "ends with a visual token" in str(error)  # noqa: PT017
-            refused += 1
-    assert refused > 0
+    with pytest.raises(PromptError, match="ends with a visual token"):
+        tokenfuse.compress(model_of(), inputs, "halves", among=AMONG)
 
 
 @pytest.mark.parametrize("where", ["pixels", "weights"])

@@ -48,7 +48,7 @@ class RunResult(BaseModel):
     uncompressed: Answer | None
     report: Report
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
     @property
     def same_answer(self) -> bool | None:
         return None if self.uncompressed is None else self.uncompressed.text == self.compressed.text

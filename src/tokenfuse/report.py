@@ -61,25 +61,25 @@ class Report(BaseModel):
     realign_ms: float = 0.0
     versions: dict[str, str]
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
     @property
     def tokens_before(self) -> int:
         """Visual tokens of all items before."""
         return sum(item.tokens_before for item in self.items)
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
     @property
     def tokens_after(self) -> int:
         """Visual tokens of all items after."""
         return sum(item.tokens_after for item in self.items)
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
     @property
     def keep_ratio(self) -> float:
         """Survivors ÷ source tokens over all items, 1.0 where there is none."""
         return self.tokens_after / self.tokens_before if self.tokens_before else 1.0
 
-    @computed_field  # type: ignore[prop-decorator]
+    @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
     @property
     def reduction(self) -> float:
         """1 - keep ratio."""

@@ -118,8 +118,9 @@ def page(result: Mapping[str, Any], count: int, strategies: Sequence[str]) -> st
     """The figures as a page of the documentation."""
     columns = ["task", "question", "answers", "uncompressed", *strategies]
     lines = [f"| {' | '.join(columns)} |", "| --- | --- |" + " ---: |" * (len(columns) - 2)]
-    for task, row in result.items():
-        cells = [task, QUESTIONS[task][0], str(len(ANSWERS[task]))]  # type: ignore[index]
+    for task in (task for task in TASKS if task in result):
+        row = result[task]
+        cells = [task, QUESTIONS[task][0], str(len(ANSWERS[task]))]
         for name in ("uncompressed", *strategies):
             removed = f" ({row[name]['reduction']:.0%} removed)" if name in strategies else ""
             cells.append(f"{row[name]['right'] / row['questions']:.1%}{removed}")
