@@ -240,6 +240,8 @@ def _change(old: int, new: int) -> str:
 
 
 def _speed(old: float, new: float) -> str:
+    if abs(old - new) < 0.005 * old:
+        return "even"
     return f"{old / new:.2f}x faster" if new <= old else f"[red]{new / old:.2f}x slower[/]"
 
 
