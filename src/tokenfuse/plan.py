@@ -106,6 +106,19 @@ class FusionPlan:
         total = self._sum(x.to(wide))
         return (total / _column(self.sizes, x).to(wide)).to(x.dtype)
 
+    def absorbed(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "M ..."]:
+        """The mean of what each survivor absorbed, itself left out; 0 where that is nothing.
+
+        Accumulated and returned as by ``fuse``.
+
+        Raises PlanError if ``x`` has not N rows.
+        """
+        _check_rows(x, self.num_source)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        others = x.to(wide).index_fill(0, self.survivors, 0)
+        count = _column((self.sizes - 1).clamp_min(1), x).to(wide)
+        return (self._sum(others) / count).to(x.dtype)
+
     def expand(self, y: Tensor) -> Tensor:
         """Undo the merge: each source position gets its survivor's row of ``y (M, ...)``, or 0.
 

@@ -20,7 +20,8 @@ class VisualTokens:
     """The visual tokens that the LLM would read for one item, an image (``T = 1``) or a video.
 
     ``features``: ``(N, D)``, any float dtype and device, in ``(t, h, w)`` order.
-    ``grid``: ``(T, H, W)`` after the spatial merge, ``N = T * H * W``.
+    ``grid``: ``(T, H, W)`` after the spatial merge, ``N = T * H * W``; between the strategies of a
+    chain there may be fewer tokens than places.
     ``coords``: ``(N, 3)`` long, the ``(t, h, w)`` of each token.
     ``saliency``: ``(N,)`` float, non-negative, for strategies that need it.
     ``text``: ``(n, D)`` prompt embeddings, for query-aware strategies.
@@ -40,7 +41,10 @@ class VisualTokens:
         t, h, w = self.grid
         if min(t, h, w) < 1:
             raise TokensError(f"grid {self.grid} has an empty axis; expected (T, H, W), each >= 1")
-        n = t * h * w
+        # A chain's later strategies see fewer tokens than places; the coordinates say which.
+        n, given = t * h * w, self.features.shape[:1]
+        if self.coords.shape[:1] == given and given and 1 <= given[0] < n:
+            n = given[0]
         if self.features.ndim != 2 or not self.features.is_floating_point():
             raise TokensError(
                 f"features are {self.features.dtype} of shape {tuple(self.features.shape)}; "
@@ -64,7 +68,7 @@ class VisualTokens:
                 isinstance(e, int) and e != g for e, g in zip(shape, got, strict=True)
             ):
                 raise TokensError(
-                    f"{field} has shape {got}; grid {self.grid} makes {n} tokens, so expected "
+                    f"{field} has shape {got}; {n} tokens on grid {self.grid}, so expected "
                     f"({', '.join(map(str, shape))}): pass the grid after the spatial merge"
                 )
 
@@ -117,9 +121,29 @@ class VisualTokens:
     def num_tokens(self) -> int:
         return self.features.shape[0]
 
+    def demand(self, field: Literal["saliency", "text"]) -> Tensor:
+        """``saliency`` or ``text``. Raises TokensError where it is not given."""
+        value: Tensor | None = getattr(self, field)
+        if value is None:
+            shape = "(N,)" if field == "saliency" else "(n, D)"
+            raise TokensError(
+                f"tokens have no {field}, which this strategy needs; expected {shape}: an adapter "
+                f"that supplies it, or VisualTokens.from_grid(..., {field}=...)"
+            )
+        return value
+
     @property
     def frames(self) -> Float[Tensor, "T H W D"]:
-        """The features as ``(T, H, W, D)``, a view."""
+        """The features as ``(T, H, W, D)``, a view.
+
+        Raises TokensError where there are fewer tokens than places.
+        """
+        t, h, w = self.grid
+        if self.num_tokens != t * h * w:
+            raise TokensError(
+                f"{self.num_tokens} tokens do not fill grid {self.grid}, whose every place this "
+                "strategy needs: put it first in a chain"
+            )
         return self.features.view(*self.grid, self.features.shape[-1])
 
 

@@ -4,17 +4,40 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from math import prod
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from tokenfuse.plan import FusionPlan
+from tokenfuse.strategies.select import budget
 from tokenfuse.tokens import Grid, VisualTokens
 
 Stage = Literal["vision", "pre_llm", "llm"]
-Need = Literal["saliency", "text"]
+Need = Literal["grid", "saliency", "text"]
+
+
+class Attention(NamedTuple):
+    """Which attention of the vision tower a saliency is.
+
+    ``block``: the vision block, negative from the last. ``query``: ``"each"`` averages what every
+    query of a token's frame (or the class token, where there is one) pays to it; ``"mean"`` is what
+    the frame's mean query pays. Both are means over heads, and sum to 1 over a frame.
+    """
+
+    block: int = -1
+    query: Literal["each", "mean"] = "each"
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What one configured strategy asks the adapter for, beside features."""
+
+    attention: Attention | None = None
+    text: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +63,11 @@ class Strategy(BaseModel, ABC):
     """What configurations call it."""
     stage: ClassVar[Stage] = "pre_llm"
     needs: ClassVar[frozenset[Need]] = frozenset()
-    """What the adapter must supply beside features."""
+    """What it must have beside features: every place of the ``grid``, ``saliency``, ``text``."""
+    paper: ClassVar[str] = ""
+    """Where the method was published."""
+    experimental: ClassVar[bool] = False
+    """Whether it is a reconstruction that nothing could be compared with."""
 
     positions: Literal["keep", "contiguous"] = Field(
         "keep",
@@ -63,6 +90,10 @@ class Strategy(BaseModel, ABC):
             self.fuse(plan, tokens.features), plan.select(tokens.coords), plan.sizes, plan
         )
 
+    def wants(self) -> Wants:
+        """What the adapter has to compute for this configuration."""
+        return Wants(Attention() if "saliency" in self.needs else None, "text" in self.needs)
+
     def num_kept(self, grid: Grid) -> int | None:
         """Survivors of an item of this grid, or None where the count depends on the content."""
         return None
@@ -74,3 +105,40 @@ class Strategy(BaseModel, ABC):
     def describe(self) -> dict[str, Any]:
         """The configuration that makes this strategy again, ``{"strategy": name, ...}``."""
         return {"strategy": self.name, **self.model_dump(mode="json")}
+
+
+class Budgeted(Strategy):
+    """A strategy that keeps exactly ⌈keep_ratio · N⌉ tokens where ``keep_ratio`` is given.
+
+    A subclass writes ``choose`` instead of ``plan``. It overrides ``num_kept`` where its own
+    options fix the count, and writes ``choose_freely`` where they do not.
+    """
+
+    keep_ratio: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of tokens to keep, exactly, instead of the strategy's own options",
+    )
+
+    @abstractmethod
+    def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
+        """The plan with ``count`` survivors, at least one and fewer than there are tokens."""
+
+    def choose_freely(self, tokens: VisualTokens) -> FusionPlan:
+        """The plan by the strategy's own options, where how many survive depends on the content."""
+        raise NotImplementedError(f"{type(self).__name__} has neither num_kept nor choose_freely")
+
+    @torch.no_grad()
+    def plan(self, tokens: VisualTokens) -> FusionPlan:
+        n = tokens.num_tokens
+        # In a chain there are fewer tokens than places.
+        count = budget(self.keep_ratio, n) if self.keep_ratio else self.num_kept(tokens.grid)
+        if count is None:
+            return self.choose_freely(tokens)
+        if count >= n:
+            return FusionPlan.identity(n, tokens.features.device)
+        return self.choose(tokens, count)
+
+    def num_kept(self, grid: Grid) -> int | None:
+        return budget(self.keep_ratio, prod(grid)) if self.keep_ratio else None

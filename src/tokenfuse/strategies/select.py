@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from tokenfuse.kernels.window import cosine
+
+CHUNK = 2**24
+"""Similarities that are held at a time."""
 
 
 def budget(keep_ratio: float, n: int) -> int:
@@ -24,3 +29,35 @@ def first_argmax(x: Tensor) -> Int[Tensor, "..."]:
 def true_indices(mask: Bool[Tensor, " N"], count: int) -> Int[Tensor, " M"]:
     """The ``count`` positions where ``mask`` is true, ascending; the count is known beforehand."""
     return torch.argsort(mask.logical_not().to(torch.uint8), stable=True)[:count]
+
+
+def top(scores: Float[Tensor, " N"], count: int) -> Int[Tensor, " M"]:
+    """Indices of the ``count`` greatest scores, ascending; the lowest index on ties."""
+    return torch.argsort(scores, descending=True, stable=True)[:count].sort().values
+
+
+def top_per_row(scores: Float[Tensor, "R P"], counts: Int[Tensor, " R"]) -> Bool[Tensor, "R P"]:
+    """Marks the ``counts[i]`` greatest scores of each row; the lowest index on ties."""
+    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
+    ranks = torch.argsort(order, dim=-1)
+    return ranks < counts[:, None]
+
+
+def spread(count: int, n: int, device: torch.device | None = None) -> Int[Tensor, " M"]:
+    """``count`` of ``n`` indices, evenly spaced, ascending: the middles of equal parts."""
+    return ((2 * torch.arange(count, device=device) + 1) * n) // (2 * count)
+
+
+def nearest(
+    queries: Float[Tensor, "n D"], keys: Float[Tensor, "m D"]
+) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
+    """The greatest cosine of each query with any key, fp32, and which; the lowest index on ties.
+
+    A zero vector matches nothing: similarity NO_MATCH and key 0.
+    """
+    found = []
+    for part in queries.split(max(1, CHUNK // keys.shape[0])):
+        similar = cosine(part[None], keys[None])[0]
+        found.append((similar.amax(-1), first_argmax(similar)))
+    best, index = zip(*found, strict=True)
+    return torch.cat(best), torch.cat(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from math import prod
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -12,15 +13,15 @@ from torch import Tensor
 from tokenfuse.errors import ConfigError
 from tokenfuse.kernels.window import STEP, cosine, on_host, window_match
 from tokenfuse.plan import FusionPlan, Reduce
-from tokenfuse.strategies.base import Strategy
-from tokenfuse.strategies.select import budget, first_argmax, true_indices
+from tokenfuse.strategies.base import Budgeted, Need
+from tokenfuse.strategies.select import first_argmax, true_indices
 from tokenfuse.tokens import Grid, VisualTokens
 
 REANCHOR_ROUNDS = 4
 """Times that frames which the anchors so far do not explain may be given anchors of their own."""
 
 
-class TTF(Strategy):
+class TTF(Budgeted):
     """Fuse tokens that repeat what a local window of an anchor frame already says.
 
     Source: Temporal Token Fusion, arXiv 2605.07355. Its abstract fixes the automatic anchor, the
@@ -53,6 +54,8 @@ class TTF(Strategy):
     """
 
     name: ClassVar[str] = "ttf"
+    needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
+    paper: ClassVar[str] = "arXiv 2605.07355"
 
     threshold: float = Field(0.7, ge=-1, description="cosine above which a token is fused")
     window: int = Field(3, ge=1, description="side of the search window in tokens, odd")
@@ -71,9 +74,6 @@ class TTF(Strategy):
     )
     reanchor: float = Field(
         0.1, ge=0, le=1, description="matched share of a frame below which it needs a new anchor"
-    )
-    keep_ratio: float | None = Field(
-        None, gt=0, le=1, description="share of tokens to keep, instead of the threshold"
     )
     min_tokens_per_frame: int = Field(
         0, ge=0, description="least similar tokens of each frame that always stay"
@@ -101,22 +101,19 @@ class TTF(Strategy):
         return plan.fuse(x, self.reduce)
 
     def num_kept(self, grid: Grid) -> int | None:
-        n = grid[0] * grid[1] * grid[2]
-        if self.keep_ratio is not None:
-            return budget(self.keep_ratio, n)
-        return n if self.threshold >= 1 or grid[0] == 1 else None
+        if self.keep_ratio is None and (self.threshold >= 1 or grid[0] == 1):
+            return prod(grid)
+        return super().num_kept(grid)
 
     def matching_flops(self, grid: Grid, width: int) -> int:
         t, h, w = grid
         return (t - 1) * h * w * self.window**2 * width
 
-    @torch.no_grad()
-    def plan(self, tokens: VisualTokens) -> FusionPlan:
-        count = self.num_kept(tokens.grid)
-        if count == tokens.num_tokens:
-            return FusionPlan.identity(count, tokens.features.device)
-        matches = _Matches(self, tokens)
-        return matches.plan_by_threshold() if count is None else matches.plan_by_budget(count)
+    def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
+        return _Matches(self, tokens).plan_by_budget(count)
+
+    def choose_freely(self, tokens: VisualTokens) -> FusionPlan:
+        return _Matches(self, tokens).plan_by_threshold()
 
 
 class _Matches:

@@ -1,0 +1,38 @@
+"""Whole frames at even distances."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from tokenfuse.plan import FusionPlan
+from tokenfuse.strategies.base import Budgeted, Need
+from tokenfuse.strategies.select import spread
+from tokenfuse.tokens import VisualTokens
+
+
+class FrameSubsample(Budgeted):
+    """Keep whole frames at even distances and drop the others.
+
+    A control: what sampling the video more sparsely would do, with the kept frames' timestamps.
+    Where the budget is no whole number of frames, the last of the evenly spaced frames keeps only
+    evenly spaced tokens. Never synchronises with the host.
+    """
+
+    name: ClassVar[str] = "frame_subsample"
+    needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
+
+    keep_ratio: float = Field(0.5, gt=0, le=1, description="share of tokens to keep, exactly")
+
+    def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
+        frames, height, width = tokens.grid
+        places, device = height * width, tokens.features.device
+        whole, rest = divmod(count, places)
+        kept = spread(whole + (rest > 0), frames, device) * places
+        survivors = kept[:whole, None] + torch.arange(places, device=device)
+        parts = [survivors.flatten()]
+        if rest:
+            parts.append(kept[-1] + spread(rest, places, device))
+        return FusionPlan.from_survivors(torch.cat(parts), tokens.num_tokens)

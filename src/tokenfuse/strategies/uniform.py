@@ -1,0 +1,28 @@
+"""Evenly spaced tokens, whatever they show."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from tokenfuse.plan import FusionPlan
+from tokenfuse.strategies.base import Budgeted
+from tokenfuse.strategies.select import spread
+from tokenfuse.tokens import VisualTokens
+
+
+class Uniform(Budgeted):
+    """Keep tokens at even distances in sequence order and drop the rest.
+
+    A control: a method that looks at the tokens should do better. Survivors are the middles of
+    equal parts of the sequence. Never synchronises with the host.
+    """
+
+    name: ClassVar[str] = "uniform"
+
+    keep_ratio: float = Field(0.5, gt=0, le=1, description="share of tokens to keep, exactly")
+
+    def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
+        n = tokens.num_tokens
+        return FusionPlan.from_survivors(spread(count, n, tokens.features.device), n)
