@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenfuse.adapters.base import Adapter
+from tokenfuse.adapters.base import Adapter, ModelAdapter
 from tokenfuse.config import load_strategy, strategy
 from tokenfuse.engine import CompressedInputs, compress
 from tokenfuse.errors import TokenFuseError
@@ -22,6 +22,7 @@ __all__ = [
     "Compressed",
     "CompressedInputs",
     "FusionPlan",
+    "ModelAdapter",
     "Registered",
     "Report",
     "Session",
@@ -43,6 +44,6 @@ def strategies() -> dict[str, Registered[Strategy]]:
     return dict(_registry().strategies)
 
 
-def adapters() -> dict[str, Registered[Adapter]]:
+def adapters() -> dict[str, Registered[ModelAdapter]]:
     """Every registered adapter by name, with the distribution that brought it."""
     return dict(_registry().adapters)

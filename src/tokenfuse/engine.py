@@ -54,8 +54,23 @@ def compress(
         raise ConfigError(f"padding_side is {padding_side!r}; valid: left, right, None (as it is)")
     found = among or registry()
     return compress_with(
-        found.adapter(model), inputs, load_strategy(strategy, among=found), padding_side, found
+        prompt_adapter(model, found),
+        inputs,
+        load_strategy(strategy, among=found),
+        padding_side,
+        found,
     )
+
+
+def prompt_adapter(model: Any, found: Registry) -> Adapter:
+    """The adapter that shortens ``model``'s prompts. Raises UnsupportedModelError."""
+    adapter = found.adapter(model)
+    if not isinstance(adapter, Adapter):
+        raise UnsupportedModelError(
+            f"adapter {adapter.name} acts inside {type(model).__name__}, which has no prompt; "
+            "expected a vision-language model: use attach on this one"
+        )
+    return adapter
 
 
 def compress_with(

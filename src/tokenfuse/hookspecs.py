@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from tokenfuse.adapters.base import Adapter
+    from tokenfuse.adapters.base import ModelAdapter
     from tokenfuse.plan import FusionPlan
     from tokenfuse.report import Report
     from tokenfuse.strategies.base import Strategy
@@ -25,7 +25,7 @@ def tokenfuse_register_strategies(register: Callable[[type[Strategy]], None]) ->
 
 
 @hookspec
-def tokenfuse_register_adapters(register: Callable[[type[Adapter]], None]) -> None:
+def tokenfuse_register_adapters(register: Callable[[type[ModelAdapter]], None]) -> None:
     """Call ``register(cls)`` for each adapter class."""
 
 

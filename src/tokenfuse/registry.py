@@ -16,7 +16,7 @@ import pluggy
 from tokenfuse import adapters as builtin_adapters
 from tokenfuse import hookspecs
 from tokenfuse import strategies as builtin_strategies
-from tokenfuse.adapters.base import Adapter
+from tokenfuse.adapters.base import ModelAdapter
 from tokenfuse.errors import PluginError, UnknownNameError, UnsupportedModelError, did_you_mean
 from tokenfuse.hookspecs import PROJECT
 from tokenfuse.strategies.base import Strategy
@@ -58,7 +58,7 @@ class Registry:
 
     def __init__(self, modules: Iterable[object] = (), *, installed: bool = True) -> None:
         self.strategies: dict[str, Registered[Strategy]] = {}
-        self.adapters: dict[str, Registered[Adapter]] = {}
+        self.adapters: dict[str, Registered[ModelAdapter]] = {}
         self._plugins: list[_Plugin] = []
         self._add(builtin_strategies, PROJECT)
         self._add(builtin_adapters, PROJECT)
@@ -73,7 +73,7 @@ class Registry:
             else:
                 self._add(module, origin)
         self._fill(self.strategies, Strategy, "tokenfuse_register_strategies")
-        self._fill(self.adapters, Adapter, "tokenfuse_register_adapters")
+        self._fill(self.adapters, ModelAdapter, "tokenfuse_register_adapters")
 
     def strategy(self, name: str) -> type[Strategy]:
         """The strategy class of that name. Raises UnknownNameError."""
@@ -83,7 +83,7 @@ class Registry:
             )
         return self.strategies[name].cls
 
-    def adapter(self, model: Any) -> Adapter:
+    def adapter(self, model: Any) -> ModelAdapter:
         """The most derived adapter that matches ``model``. Raises UnsupportedModelError.
 
         Between classes of which neither derives from the other, the first registered wins, and
@@ -159,7 +159,7 @@ def _call(plugin: _Plugin, hook: str, arguments: dict[str, Any]) -> None:
         _warn(plugin.origin, f"raised in {hook}", error)
 
 
-def _matches(entry: Registered[Adapter], model: Any) -> bool:
+def _matches(entry: Registered[ModelAdapter], model: Any) -> bool:
     try:
         return bool(entry.cls.matches(model))
     except Exception as error:

@@ -15,7 +15,13 @@ from torch import Tensor
 from tokenfuse.adapters.base import MODALITIES, PIXELS
 from tokenfuse.callers import as_the_caller_means
 from tokenfuse.config import StrategyLike, load_strategy
-from tokenfuse.engine import CompressedInputs, compress_with, filled_length, refuse_unmet_needs
+from tokenfuse.engine import (
+    CompressedInputs,
+    compress_with,
+    filled_length,
+    prompt_adapter,
+    refuse_unmet_needs,
+)
 from tokenfuse.errors import AttachError, PromptError
 from tokenfuse.registry import Registry, registry
 from tokenfuse.report import Report
@@ -105,7 +111,7 @@ class Session:
     def __init__(self, model: Any, strategy: Strategy, found: Registry) -> None:
         self.model = model
         self.strategy = strategy
-        self.adapter = found.adapter(model)
+        self.adapter = prompt_adapter(model, found)
         refuse_unmet_needs(self.adapter, strategy)
         self.report: Report | None = None
         self._found = found

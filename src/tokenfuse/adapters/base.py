@@ -46,12 +46,10 @@ class Encoded:
     items: list[VisualTokens]
 
 
-class Adapter(ABC):
-    """Hands a transformers model a shorter prompt. Nothing in the model is changed."""
+class ModelAdapter(ABC):
+    """What every adapter has: a name, the models that it fits, and one of them."""
 
     name: ClassVar[str]
-    supplies: ClassVar[frozenset[Need]] = frozenset()
-    """What it can give a strategy beside features."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -60,6 +58,13 @@ class Adapter(ABC):
     @abstractmethod
     def matches(cls, model: Any) -> bool:
         """Whether this adapter fits ``model``."""
+
+
+class Adapter(ModelAdapter):
+    """Hands a transformers model a shorter prompt. Nothing in the model is changed."""
+
+    supplies: ClassVar[frozenset[Need]] = frozenset()
+    """What it can give a strategy beside features: ``saliency``, ``text``."""
 
     @abstractmethod
     def grids(self, inputs: Mapping[str, Any], modality: Modality) -> list[Grid]:
