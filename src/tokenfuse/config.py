@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from tokenfuse.registry import Registry, registry
 from tokenfuse.strategies.base import Strategy
 
 KEY = "strategy"
+CHAIN = "compose"
+"""The key that needs no strategy beside it, and the strategy that it means."""
 
 StrategyLike = str | Path | Mapping[str, Any] | Strategy
 """A strategy's name, a preset's, a YAML file, a mapping with the key ``strategy``, a Strategy."""
@@ -59,7 +62,7 @@ def load_strategy(
             changes.pop(KEY, None)
             if not changes:
                 return source
-            return _validate(type(source), source.model_dump() | changes, where)
+            return _validate(type(source), source.model_dump() | changes, where, found)
         values: dict[str, Any] = source.model_dump()
     elif isinstance(source, Mapping):
         values = dict(source)
@@ -96,7 +99,8 @@ def json_schema(among: Registry | None = None) -> dict[str, Any]:
         schema = entry.cls.model_json_schema(ref_template=f"#/$defs/{name}/$defs/{{model}}")
         schema["description"] = schema.get("description", name).partition("\n\n")[0]
         schema["properties"] = {KEY: {"const": name}, **schema.get("properties", {})}
-        schema["required"] = [KEY, *schema.get("required", [])]
+        own = schema.get("required", [])
+        schema["required"] = own if name == CHAIN else [KEY, *own]
         definitions[name] = schema
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -160,6 +164,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _build(values: dict[str, Any], where: Mapping[str, str], among: Registry) -> Strategy:
     """The strategy that ``values`` describe; ``where`` holds the place of each key in a file."""
+    if KEY not in values and CHAIN in values:
+        values = {KEY: CHAIN, **values}
     if KEY not in values:
         given = f"got the keys {', '.join(map(str, values))}" if values else "got no key"
         name = values.get("name", "ttf")
@@ -174,14 +180,16 @@ def _build(values: dict[str, Any], where: Mapping[str, str], among: Registry) ->
         cls = among.strategy(name)
     except UnknownNameError as error:
         raise UnknownNameError(f"{where.get(KEY, '')}{error}") from None
-    return _validate(cls, {key: value for key, value in values.items() if key != KEY}, where)
+    return _validate(cls, {key: value for key, value in values.items() if key != KEY}, where, among)
 
 
 def _validate(
-    cls: type[Strategy], options: Mapping[str, Any], where: Mapping[str, str]
+    cls: type[Strategy], options: Mapping[str, Any], where: Mapping[str, str], among: Registry
 ) -> Strategy:
     try:
-        return cls.model_validate(options)
+        # A chain loads its steps by what is registered here.
+        context = {"load": functools.partial(load_strategy, among=among)}
+        return cls.model_validate(options, context=context)
     except ValidationError as error:
         # An option that takes several types has one problem for each.
         problems: dict[str, list[str]] = {}

@@ -87,7 +87,7 @@ def compress_with(
         return _unchanged(adapter, inputs, strategy, found)
     watch = Stopwatch(adapter.model.device)
     with torch.set_grad_enabled(torch.is_grad_enabled() and adapter.model.training):
-        encoded = adapter.encode(inputs)
+        encoded = adapter.encode(inputs, strategy.wants())
         watch.lap()
         plans = _plan(encoded, strategy, found)
         fused = {
@@ -116,7 +116,9 @@ def refuse_unmet_needs(adapter: Adapter, strategy: Strategy) -> None:
             f"strategy {strategy.name} acts at stage {strategy.stage}; compress and attach act at "
             "pre_llm: choose a pre_llm strategy"
         )
-    unmet = strategy.needs - adapter.supplies
+    wants = strategy.wants()
+    wanted = {"saliency": wants.attention is not None, "text": wants.text}
+    unmet = {need for need, asked in wanted.items() if asked} - adapter.supplies
     if unmet:
         raise UnsupportedModelError(
             f"strategy {strategy.name} needs {', '.join(sorted(unmet))}, which adapter "

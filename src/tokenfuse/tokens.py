@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -120,6 +120,11 @@ class VisualTokens:
     @property
     def num_tokens(self) -> int:
         return self.features.shape[0]
+
+    def after(self, survivors: Int[Tensor, " M"], features: Float[Tensor, "M D"]) -> VisualTokens:
+        """What a plan with these survivors leaves: their fused features, coords and saliency."""
+        saliency = None if self.saliency is None else self.saliency[survivors]
+        return replace(self, features=features, coords=self.coords[survivors], saliency=saliency)
 
     def demand(self, field: Literal["saliency", "text"]) -> Tensor:
         """``saliency`` or ``text``. Raises TokensError where it is not given."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from tokenfuse.adapters.supply import mismatch, prompt_texts
 from tokenfuse.errors import PromptError
 from tokenfuse.plan import FusionPlan
 from tokenfuse.realign import (
@@ -25,7 +28,7 @@ from tokenfuse.realign import (
     realign_positions,
     shorten,
 )
-from tokenfuse.strategies.base import Need, Strategy
+from tokenfuse.strategies.base import Attention, Need, Strategy, Wants
 from tokenfuse.tokens import Grid, Modality, VisualTokens
 
 Plans = Mapping[Modality, Sequence[FusionPlan]]
@@ -33,6 +36,7 @@ Plans = Mapping[Modality, Sequence[FusionPlan]]
 
 MODALITIES: tuple[Modality, ...] = ("image", "video")
 PIXELS: dict[Modality, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
+FEATURES_ONLY = Wants()
 PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "labels")
 """Model inputs with one column per prompt token, beside input_ids and attention_mask."""
 
@@ -63,7 +67,7 @@ class ModelAdapter(ABC):
 class Adapter(ModelAdapter):
     """Hands a transformers model a shorter prompt. Nothing in the model is changed."""
 
-    supplies: ClassVar[frozenset[Need]] = frozenset()
+    supplies: ClassVar[frozenset[Need]] = frozenset({"text"})
     """What it can give a strategy beside features: ``saliency``, ``text``."""
 
     @abstractmethod
@@ -86,34 +90,79 @@ class Adapter(ModelAdapter):
         known = inspect.signature(self._encoder(modality)).parameters
         return {k: inputs[k] for k in known if k != "kwargs" and inputs.get(k) is not None}
 
-    def encode(self, inputs: Mapping[str, Any]) -> list[Encoded]:
+    def encode(self, inputs: Mapping[str, Any], wants: Wants = FEATURES_ONLY) -> list[Encoded]:
         """Run the vision tower once per modality and return every item as ``VisualTokens``.
 
+        ``wants`` says which saliency and whether the prompt's text come with them.
+
         Raises PromptError where features and grid do not agree, TokensError on NaN or Inf (one host
-        synchronisation per item).
+        synchronisation per item), ConfigError where the model has no such vision block.
         """
+        grids = {
+            modality: self.grids(inputs, modality)
+            for modality in MODALITIES
+            if inputs.get(PIXELS[modality]) is not None
+        }
+        texts = self._texts(inputs, grids) if wants.text else {}
         encoded = []
-        for modality in MODALITIES:
-            if inputs.get(PIXELS[modality]) is None:
-                continue
-            grids = self.grids(inputs, modality)
+        for modality, sizes in grids.items():
             arguments = self.encoder_inputs(inputs, modality)
-            output = self._encoder(modality)(**arguments, return_dict=True)
-            encoded.append(Encoded(modality, output, self._items(modality, output, grids)))
+            with self.listen(wants.attention) as heard:
+                output = self._encoder(modality)(**arguments, return_dict=True)
+            saliency = torch.cat(heard).split([prod(grid) for grid in sizes]) if heard else None
+            items = self._items(modality, output, sizes, saliency, texts.get(modality))
+            encoded.append(Encoded(modality, output, items))
         return encoded
+
+    def listen(self, attention: Attention | None) -> AbstractContextManager[list[Tensor]]:
+        """Collect the saliency ``(N,)`` of every call of the vision tower inside the block.
+
+        An adapter that supplies saliency overrides this, with ``supply.listen``.
+        """
+        return nullcontext([])
+
+    def _texts(
+        self, inputs: Mapping[str, Any], grids: Mapping[Modality, Sequence[Grid]]
+    ) -> dict[Modality, list[Tensor]]:
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        text = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        config = self.model.config
+        names = ("vision_start_token_id", "vision_end_token_id")
+        markers = [getattr(config, name, None) for name in names]
+        placeholders = {m: (ids == self.placeholder_id(m)) & text for m in grids}
+        for token in (*markers, *map(self.placeholder_id, MODALITIES)):
+            if token is not None:
+                text = text & (ids != token)
+        sizes = {modality: [prod(grid) for grid in items] for modality, items in grids.items()}
+        return prompt_texts(self.model.get_input_embeddings(), ids, text, placeholders, sizes)
 
     def _encoder(self, modality: Modality) -> Callable[..., Any]:
         method: Callable[..., Any] = getattr(self.model.base_model, f"get_{modality}_features")
         return method
 
-    def _items(self, modality: Modality, output: Any, grids: list[Grid]) -> list[VisualTokens]:
+    def _items(
+        self,
+        modality: Modality,
+        output: Any,
+        grids: list[Grid],
+        saliency: Sequence[Tensor] | None,
+        texts: Sequence[Tensor] | None,
+    ) -> list[VisualTokens]:
         features = output.pooler_output
         if len(features) != len(grids):
             raise PromptError(
                 f"the vision tower returned {len(features)} {modality} item(s), the inputs "
                 f"describe {len(grids)}: pass the processor's output unchanged"
             )
-        return [VisualTokens.from_grid(x, grid) for x, grid in zip(features, grids, strict=True)]
+        return [
+            VisualTokens.from_grid(
+                x,
+                grid,
+                saliency=None if saliency is None else saliency[i],
+                text=None if texts is None else texts[i],
+            )
+            for i, (x, grid) in enumerate(zip(features, grids, strict=True))
+        ]
 
     def fuse(self, encoded: Encoded, plans: Sequence[FusionPlan], strategy: Strategy) -> Any:
         """The vision tower's output after the plans, DeepStack layers too, in its own class."""
@@ -150,11 +199,7 @@ class Adapter(ModelAdapter):
             mask = torch.cat(masks) if masks else keep.new_ones(0)
             found = int(here.sum())
             if found != len(mask):
-                raise PromptError(
-                    f"the prompt shows {found} {modality} placeholder(s), the {modality} features "
-                    f"are {len(mask)}: pass input_ids, attention_mask and pixels of one processor "
-                    "call, not truncated"
-                )
+                raise mismatch(modality, found, len(mask))
             keep = keep.masked_scatter(here, mask)
         return keep
 

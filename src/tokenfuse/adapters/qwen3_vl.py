@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from tokenfuse.adapters.base import PIXELS, Adapter
+from tokenfuse.adapters.supply import QueriesKeys, listen
 from tokenfuse.errors import PromptError
+from tokenfuse.strategies.base import Attention, Need
 from tokenfuse.tokens import Grid, Modality
 
 FAMILY = ("qwen3_vl", "qwen3_vl_moe")
@@ -18,6 +21,7 @@ class Qwen3VL(Adapter):
     """Qwen3-VL: a timestamp before every frame, DeepStack features, M-RoPE of four rows."""
 
     name: ClassVar[str] = "qwen3_vl"
+    supplies: ClassVar[frozenset[Need]] = frozenset({"saliency", "text"})
 
     @classmethod
     def matches(cls, model: Any) -> bool:
@@ -50,9 +54,32 @@ class Qwen3VL(Adapter):
         positions = super().positions(inputs)
         return positions if positions.ndim == 3 else positions.expand(4, *positions.shape)
 
+    def listen(self, attention: Attention | None) -> AbstractContextManager[list[Tensor]]:
+        blocks = [block.attn for block in self.model.model.visual.blocks]
+        merge = self.model.config.vision_config.spatial_merge_size
+        # The patches of one visual token follow each other.
+        return listen(blocks, attention, _queries_keys, merge**2)
+
     def position_delta(self) -> Tensor | None:
         delta: Tensor | None = self.model.model.rope_deltas
         return delta
 
     def set_position_delta(self, delta: Tensor | None) -> None:
         self.model.model.rope_deltas = delta
+
+
+def _queries_keys(
+    module: Any,
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    **_: Any,
+) -> QueriesKeys:
+    # Not above: listing what is registered loads no model code.
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
+
+    # A frame's patches attend to each other; the attention itself reads these lengths, too.
+    lengths = cu_seqlens.diff().tolist()
+    queries, keys, _ = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1)).unbind(1)
+    queries, keys = apply_rotary_pos_emb_vision(queries, keys, *position_embeddings)
+    return QueriesKeys(queries, keys, lengths, module.scaling)

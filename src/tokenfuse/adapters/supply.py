@@ -1,0 +1,103 @@
+"""What an adapter gives a strategy beside features: saliency and the prompt's text."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tokenfuse.errors import ConfigError, PromptError
+from tokenfuse.kernels.attention import attention_received, mean_query_attention
+from tokenfuse.strategies.base import Attention
+from tokenfuse.tokens import Modality
+
+
+class QueriesKeys(NamedTuple):
+    """Queries and keys ``(n, heads, d)`` of one call of a vision attention, RoPE included.
+
+    ``lengths``: patches per frame, in order. ``scale``: what products are multiplied with.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    lengths: Sequence[int]
+    scale: float
+
+
+@contextmanager
+def listen(
+    modules: Sequence[torch.nn.Module],
+    attention: Attention | None,
+    queries_keys: Callable[..., QueriesKeys],
+    group: int,
+) -> Iterator[list[Tensor]]:
+    """Collect the saliency of every call of one vision block inside the block, call by call.
+
+    Raises ConfigError if there is no such vision block.
+    """
+    found: list[Tensor] = []
+    if attention is None:
+        yield found
+        return
+    if not -len(modules) <= attention.block < len(modules):
+        raise ConfigError(
+            f"block: {attention.block} is not a vision block of this model, which has "
+            f"{len(modules)}; expected {-len(modules)}..{len(modules) - 1}"
+        )
+    score = attention_received if attention.query == "each" else mean_query_attention
+
+    @torch.no_grad()
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        more = given.pop("kwargs", {})
+        found.append(score(*queries_keys(module, **given, **more), group))
+
+    handle = modules[attention.block].register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def prompt_texts(
+    embed: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    text: Tensor,
+    placeholders: Mapping[Modality, Tensor],
+    sizes: Mapping[Modality, Sequence[int]],
+) -> dict[Modality, list[Tensor]]:
+    """The embeddings ``(n, D)`` of the text of each item's prompt, by modality, in prompt order.
+
+    ``ids (B, L)``; ``text (B, L)`` marks what may be text; ``placeholders`` marks each modality's
+    visual tokens, ``sizes`` says how many each item has. What stands between the first and the last
+    visual token of an item, such as the timestamps of its frames, is no text.
+
+    Raises PromptError where placeholders and items do not agree. Two host synchronisations per
+    modality.
+    """
+    text, rows = text.clone(), {}
+    for modality, here in placeholders.items():
+        count = torch.tensor([0, *sizes[modality]], device=ids.device).cumsum(0)
+        places = here.nonzero()
+        if len(places) != sum(sizes[modality]):
+            raise mismatch(modality, len(places), sum(sizes[modality]))
+        spans = torch.cat([places[count[:-1]], places[count[1:] - 1]], -1).tolist()
+        for row, first, _, last in spans:
+            text[row, first : last + 1] = False
+        rows[modality] = [span[0] for span in spans]
+    used = {row for where in rows.values() for row in where}
+    embedded = {row: embed(ids[row, text[row]]).detach() for row in sorted(used)}
+    return {modality: [embedded[row] for row in where] for modality, where in rows.items()}
+
+
+def mismatch(modality: Modality, placeholders: int, features: int) -> PromptError:
+    """The error where a modality's placeholders are not as many as its features."""
+    return PromptError(
+        f"the prompt shows {placeholders} {modality} placeholder(s), the {modality} features are "
+        f"{features}: pass input_ids, attention_mask and pixels of one processor call, not "
+        "truncated"
+    )

@@ -1,0 +1,126 @@
+"""Strategies one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import (
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+from torch import Tensor
+
+from tokenfuse.errors import PlanError
+from tokenfuse.plan import FusionPlan
+from tokenfuse.strategies.base import Strategy, Wants
+from tokenfuse.strategies.select import budget
+from tokenfuse.tokens import Grid, VisualTokens
+
+_STEP = {"anyOf": [{"type": "string"}, {"type": "object"}]}
+
+
+@dataclass(frozen=True, eq=False)
+class ChainedPlan(FusionPlan):
+    """The plans of a chain as one, and each of them for the survivors of the one before."""
+
+    steps: tuple[FusionPlan, ...]
+
+
+class Compose(Strategy):
+    """Apply strategies one after the other, each to what the one before left.
+
+    In YAML ``compose: [ttf, {strategy: attention, keep_ratio: 0.5}]``, by names, presets, files or
+    mappings. A later step sees the fused features and the coordinates of survivors, with their own
+    saliency; one that needs every place of the grid can only come first.
+
+    ``keep_ratio`` is the share of all tokens that the last step leaves. Where the earlier steps
+    leave fewer, there is nothing more to remove, so that the count may be below the one asked for.
+
+    Synchronises with the host as often as its steps do.
+    """
+
+    name: ClassVar[str] = "compose"
+
+    compose: Annotated[
+        tuple[Strategy, ...], WithJsonSchema({"type": "array", "items": _STEP, "minItems": 1})
+    ] = Field(min_length=1, description="the strategies, first to last")
+    keep_ratio: float | None = Field(
+        None, gt=0, le=1, description="share of tokens that the last step leaves, at most"
+    )
+
+    @field_validator("compose", mode="before")
+    @classmethod
+    def _load(cls, steps: Any, info: ValidationInfo) -> Any:
+        if isinstance(steps, str) or not isinstance(steps, Sequence):
+            raise ValueError("it should be a list of strategies, such as [ttf, attention]")
+        load = (info.context or {}).get("load", lambda step: step)
+        return tuple(load(step) for step in steps)
+
+    @field_validator("compose")
+    @classmethod
+    def _chainable(cls, steps: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
+        for step in steps:
+            if step.positions != "keep":
+                raise ValueError(f"{step.name} sets positions; set them on the chain instead")
+        for step in steps[1:]:
+            if "grid" in step.needs:
+                raise ValueError(
+                    f"{step.name} needs every place of the grid, so it can only come first"
+                )
+        asked = {wants.attention for wants in (step.wants() for step in steps)} - {None}
+        if len(asked) > 1:
+            raise ValueError("its steps read the attention of different vision blocks; set one")
+        return steps
+
+    @model_validator(mode="after")
+    def _last_has_a_budget(self) -> Compose:
+        last = self.compose[-1]
+        if self.keep_ratio is not None and "keep_ratio" not in type(last).model_fields:
+            raise ValueError(f"keep_ratio is for the last step, and {last.name} has none")
+        return self
+
+    @field_serializer("compose")
+    def _describe_steps(self, steps: tuple[Strategy, ...]) -> list[dict[str, Any]]:
+        return [step.describe() for step in steps]
+
+    def wants(self) -> Wants:
+        each = [step.wants() for step in self.compose]
+        attention = next((wants.attention for wants in each if wants.attention), None)
+        return Wants(attention, any(wants.text for wants in each))
+
+    @torch.no_grad()
+    def plan(self, tokens: VisualTokens) -> ChainedPlan:
+        n = tokens.num_tokens
+        most = budget(self.keep_ratio, n) if self.keep_ratio else None
+        whole, plans = FusionPlan.identity(n, tokens.features.device), []
+        for position, step in enumerate(self.compose, start=1):
+            if most is not None and position == len(self.compose):
+                if tokens.num_tokens <= most:
+                    break
+                step = step.model_copy(update={"keep_ratio": most / tokens.num_tokens})
+            plan = step.plan(tokens)
+            tokens = tokens.after(plan.survivors, step.fuse(plan, tokens.features))
+            whole = whole.compose(plan)
+            plans.append(plan)
+        return ChainedPlan(whole.survivors, whole.target, tuple(plans))
+
+    def fuse(self, plan: FusionPlan, x: Tensor) -> Tensor:
+        if not isinstance(plan, ChainedPlan):
+            raise PlanError(
+                f"a chain fuses by the plan that it made; got a {type(plan).__name__}, expected a "
+                "ChainedPlan"
+            )
+        for step, part in zip(self.compose, plan.steps, strict=False):
+            x = step.fuse(part, x)
+        return x
+
+    def matching_flops(self, grid: Grid, width: int) -> int:
+        # What later steps cost depends on what the first leaves.
+        return self.compose[0].matching_flops(grid, width)

@@ -1,0 +1,107 @@
+"""Strategies one after the other."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tokenfuse
+from models import model_of, one_video
+from tokenfuse import FusionPlan, VisualTokens, load_strategy
+from tokenfuse.errors import ConfigError, PlanError, TokensError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def tokens_of(grid, seed=0, width=8):
+    torch.manual_seed(seed)
+    n = math.prod(grid)
+    return VisualTokens.from_grid(torch.randn(n, width), grid, saliency=torch.rand(n))
+
+
+@given(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4)), st.integers(0, 99))
+def test_a_chain_is_each_step_on_what_the_one_before_left(grid, seed):
+    tokens = tokens_of(grid, seed)
+    steps = ["ttf", "attention", {"strategy": "uniform", "keep_ratio": 0.7}]
+    out = tokenfuse.strategy("compose", compose=steps).compress(tokens)
+    features, coords, saliency = tokens.features, tokens.coords, tokens.saliency
+    for step in map(load_strategy, steps):
+        left = VisualTokens(features, grid, coords, saliency)
+        plan = step.plan(left)
+        features, coords = step.fuse(plan, features), plan.select(coords)
+        saliency = plan.select(saliency)
+    assert torch.equal(out.features, features)
+    assert torch.equal(out.coords, coords)
+    out.plan.check(tokens.num_tokens)
+
+
+def test_one_step_is_that_strategy():
+    tokens = tokens_of((4, 3, 3))
+    alone = tokenfuse.strategy("ttf", keep_ratio=0.4).compress(tokens)
+    chain = tokenfuse.strategy("compose", compose=["ttf"], keep_ratio=0.4).compress(tokens)
+    assert torch.equal(chain.features, alone.features)
+    assert torch.equal(chain.plan.target, alone.plan.target)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.33, 0.5, 0.9, 1.0])
+def test_the_keep_ratio_is_of_all_tokens(ratio):
+    tokens = tokens_of((4, 5, 3))
+    chain = tokenfuse.strategy(
+        "compose", compose=[{"strategy": "uniform", "keep_ratio": 0.9}, "attention"]
+    )
+    chain = load_strategy(chain, {"keep_ratio": ratio})
+    asked = math.ceil(ratio * 60 - 1e-9)
+    assert chain.compress(tokens).plan.num_kept == min(asked, 54)
+
+
+def test_a_file_names_the_chain_by_its_key(tmp_path):
+    path = tmp_path / "chain.yaml"
+    path.write_text("compose:\n- ttf-gentle\n- {strategy: attention, keep_ratio: 0.5}\n")
+    chain = load_strategy(path)
+    assert [step.name for step in chain.compose] == ["ttf", "attention"]
+    assert chain.compose[0] == load_strategy("ttf-gentle")
+    assert load_strategy(chain.describe()) == chain
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (["attention", "ttf"], "ttf needs every place of the grid, so it can only come first"),
+        (["atention"], 'did you mean "attention"'),
+        ([], "at least 1 item"),
+        ("ttf", "a list of strategies"),
+        ([3], "is of type int"),
+        ([{"strategy": "ttf", "positions": "contiguous"}], "set them on the chain"),
+        (
+            ["attention", {"strategy": "attention", "block": 0}],
+            "attention of different vision blocks",
+        ),
+    ],
+)
+def test_what_cannot_be_chained_is_refused(steps, message):
+    with pytest.raises(ConfigError, match=message):
+        tokenfuse.strategy("compose", compose=steps)
+
+
+def test_a_strategy_of_every_place_refuses_a_rest():
+    tokens = tokens_of((2, 3, 3))
+    rest = tokens.after(torch.arange(5), tokens.features[:5])
+    with pytest.raises(TokensError, match="do not fill grid"):
+        tokenfuse.strategy("ttf").plan(rest)
+
+
+def test_a_chain_fuses_by_its_own_plans():
+    with pytest.raises(PlanError, match="expected a ChainedPlan"):
+        tokenfuse.strategy("compose", compose=["ttf"]).fuse(
+            FusionPlan.identity(3), torch.ones(3, 2)
+        )
+
+
+def test_a_chain_compresses_a_model_s_prompt():
+    model, inputs = model_of(), one_video()
+    short = tokenfuse.compress(model, inputs, {"compose": ["ttf", "attention"], "keep_ratio": 0.25})
+    assert short.report.tokens_after <= math.ceil(0.25 * short.report.tokens_before)
+    assert short.report.strategy["compose"][1]["strategy"] == "attention"
+    assert model.generate(**short, max_new_tokens=3).shape[1] == short["input_ids"].shape[1] + 3
