@@ -57,7 +57,7 @@ def test_saliency_is_what_an_eager_forward_s_map_says(block, make, eager_maps):
 def test_the_mean_query_s_attention_is_one_softmax_per_frame_and_head():
     torch.manual_seed(0)
     q, k = torch.randn(2, 40, 3, 5)
-    found = kernel.mean_query_attention(q, k, [16, 24], 0.7, GROUP)
+    found = kernel.mean_query_attention(q, k, [16, 24], 0.7, group=GROUP)
     expected = []
     for rows in (slice(0, 16), slice(16, 40)):
         heads = []
@@ -72,7 +72,7 @@ def test_the_mean_query_s_attention_is_one_softmax_per_frame_and_head():
 def test_saliency_sums_to_one_over_each_frame(score):
     torch.manual_seed(1)
     q, k = torch.randn(2, 36, 2, 8).bfloat16()
-    found = score(q, k, [12, 24], 0.3, GROUP)
+    found = score(q, k, [12, 24], 0.3, group=GROUP)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found[:3].sum(), torch.tensor(1.0))
     torch.testing.assert_close(found[3:].sum(), torch.tensor(1.0))
@@ -81,9 +81,9 @@ def test_saliency_sums_to_one_over_each_frame(score):
 def test_chunks_of_queries_change_nothing(monkeypatch):
     torch.manual_seed(2)
     q, k = torch.randn(2, 64, 2, 8)
-    whole = kernel.attention_received(q, k, [64], 0.3, GROUP)
+    whole = kernel.attention_received(q, k, [64], 0.3, group=GROUP)
     monkeypatch.setattr(kernel, "CHUNK", 300)
-    torch.testing.assert_close(kernel.attention_received(q, k, [64], 0.3, GROUP), whole)
+    torch.testing.assert_close(kernel.attention_received(q, k, [64], 0.3, group=GROUP), whole)
 
 
 def test_a_batch_supplies_what_each_prompt_supplies_alone():

@@ -22,7 +22,6 @@ __all__ = [
     "Compressed",
     "CompressedInputs",
     "FusionPlan",
-    "ModelAdapter",
     "Registered",
     "Report",
     "Session",

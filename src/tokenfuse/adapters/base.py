@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenfuse.adapters.supply import mismatch, prompt_texts
-from tokenfuse.errors import PromptError
+from tokenfuse.errors import PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
 from tokenfuse.realign import (
     PaddingSide,
@@ -109,6 +109,11 @@ class Adapter(ModelAdapter):
             arguments = self.encoder_inputs(inputs, modality)
             with self.listen(wants.attention) as heard:
                 output = self._encoder(modality)(**arguments, return_dict=True)
+            if wants.attention and not heard:
+                raise UnsupportedModelError(
+                    f"vision block {wants.attention.block} of {type(self.model).__name__} did not "
+                    "run, so that its attention cannot be read: choose another block"
+                )
             saliency = torch.cat(heard).split([prod(grid) for grid in sizes]) if heard else None
             items = self._items(modality, output, sizes, saliency, texts.get(modality))
             encoded.append(Encoded(modality, output, items))

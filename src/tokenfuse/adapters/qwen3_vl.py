@@ -56,9 +56,7 @@ class Qwen3VL(Adapter):
 
     def listen(self, attention: Attention | None) -> AbstractContextManager[list[Tensor]]:
         blocks = [block.attn for block in self.model.model.visual.blocks]
-        merge = self.model.config.vision_config.spatial_merge_size
-        # The patches of one visual token follow each other.
-        return listen(blocks, attention, _queries_keys, merge**2)
+        return listen(blocks, attention, _queries_keys)
 
     def position_delta(self) -> Tensor | None:
         delta: Tensor | None = self.model.model.rope_deltas
@@ -82,4 +80,6 @@ def _queries_keys(
     lengths = cu_seqlens.diff().tolist()
     queries, keys, _ = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1)).unbind(1)
     queries, keys = apply_rotary_pos_emb_vision(queries, keys, *position_embeddings)
-    return QueriesKeys(queries, keys, lengths, module.scaling)
+    # The patches of one visual token follow each other.
+    group = module.config.spatial_merge_size**2
+    return QueriesKeys(queries, keys, lengths, module.scaling, group=group)

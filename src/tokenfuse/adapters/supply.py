@@ -19,13 +19,17 @@ from tokenfuse.tokens import Modality
 class QueriesKeys(NamedTuple):
     """Queries and keys ``(n, heads, d)`` of one call of a vision attention, RoPE included.
 
-    ``lengths``: patches per frame, in order. ``scale``: what products are multiplied with.
+    ``lengths``: tokens per frame, in order. ``scale``: what products are multiplied with.
+    ``prefix``: tokens at the beginning of each frame that are no patches, the class token first.
+    ``group``: consecutive patches that become one visual token.
     """
 
     queries: Tensor
     keys: Tensor
     lengths: Sequence[int]
     scale: float
+    prefix: int = 0
+    group: int = 1
 
 
 @contextmanager
@@ -33,7 +37,6 @@ def listen(
     modules: Sequence[torch.nn.Module],
     attention: Attention | None,
     queries_keys: Callable[..., QueriesKeys],
-    group: int,
 ) -> Iterator[list[Tensor]]:
     """Collect the saliency of every call of one vision block inside the block, call by call.
 
@@ -54,7 +57,7 @@ def listen(
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
         more = given.pop("kwargs", {})
-        found.append(score(*queries_keys(module, **given, **more), group))
+        found.append(score(*queries_keys(module, **given, **more)))
 
     handle = modules[attention.block].register_forward_pre_hook(hook, with_kwargs=True)
     try:

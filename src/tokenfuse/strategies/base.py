@@ -23,9 +23,10 @@ Need = Literal["grid", "saliency", "text"]
 class Attention(NamedTuple):
     """Which attention of the vision tower a saliency is.
 
-    ``block``: the vision block, negative from the last. ``query``: ``"each"`` averages what every
-    query of a token's frame (or the class token, where there is one) pays to it; ``"mean"`` is what
-    the frame's mean query pays. Both are means over heads, and sum to 1 over a frame.
+    ``block``: the vision block, negative from the last. ``query``: ``"each"`` is what the class
+    token pays to a token or, where there is no class token, the average of what every query of its
+    frame pays; ``"mean"`` is what the frame's mean query pays. Both are means over heads, and sum
+    to 1 over a frame.
     """
 
     block: int = -1
