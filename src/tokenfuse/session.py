@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenfuse.adapters.base import MODALITIES, PIXELS
+from tokenfuse.adapters.vision import VisionAdapter
 from tokenfuse.callers import as_the_caller_means
 from tokenfuse.config import StrategyLike, load_strategy
 from tokenfuse.engine import (
@@ -33,8 +34,13 @@ TURN = "_tokenfuse_turn"
 """Name under which a cache carries what it holds, so that a copy of the cache carries it too."""
 
 
-def attach(model: Any, strategy: StrategyLike, *, among: Registry | None = None) -> Session:
-    """Compress every prompt that ``model`` gets inside a ``with`` block.
+def attach(
+    model: Any, strategy: StrategyLike, /, *, among: Registry | None = None, **options: Any
+) -> Session:
+    """Compress every prompt that ``model`` gets, or merge tokens in it, inside a ``with`` block.
+
+    ``options`` are set over those of ``strategy``: ``attach(model, "ttf", threshold=0.8)``. A
+    vision transformer gets a VisionSession; what follows is about vision-language models.
 
     ``generate`` returns what it always returns: the caller's own prompt, then the answer. Calling
     the model returns logits of the shorter prompt. Inside the block a later turn on the same cache
@@ -43,8 +49,15 @@ def attach(model: Any, strategy: StrategyLike, *, among: Registry | None = None)
 
     Raises ConfigError, UnsupportedModelError, and AttachError if the model is attached already.
     """
+    # It is built on this module.
+    from tokenfuse.vision_session import VisionSession
+
     found = among or registry()
-    return Session(model, load_strategy(strategy, among=found), found)
+    chosen = load_strategy(strategy, options, among=found)
+    adapter = found.adapter(model)
+    if isinstance(adapter, VisionAdapter):
+        return VisionSession(adapter, chosen, found)
+    return Session(model, chosen, found)
 
 
 @dataclass(frozen=True, eq=False)
