@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from tokenfuse.adapters.base import Adapter, ModelAdapter
+from tokenfuse.adapters.base import Adapter
+from tokenfuse.adapters.base import ModelAdapter as _ModelAdapter
 from tokenfuse.config import load_strategy, strategy
 from tokenfuse.engine import CompressedInputs, compress
 from tokenfuse.errors import TokenFuseError
@@ -43,6 +44,6 @@ def strategies() -> dict[str, Registered[Strategy]]:
     return dict(_registry().strategies)
 
 
-def adapters() -> dict[str, Registered[ModelAdapter]]:
+def adapters() -> dict[str, Registered[_ModelAdapter]]:
     """Every registered adapter by name, with the distribution that brought it."""
     return dict(_registry().adapters)
