@@ -13,13 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from tokenfuse.adapters.vision import Branch, VisionAdapter
 from tokenfuse.errors import UnsupportedModelError
 
-MODELS = ("timm.models.vision_transformer.VisionTransformer", "timm.models.eva.Eva")
-BLOCKS = ("timm.models.vision_transformer.Block", "timm.models.eva.EvaBlock")
-ATTENTIONS = (
-    "timm.layers.attention.Attention",
-    "timm.layers.attention.AttentionRope",
-    "timm.models.eva.EvaAttention",
-)
+VIT, EVA, ATTENTION = "timm.models.vision_transformer", "timm.models.eva", "timm.layers.attention"
+MODELS = (f"{VIT}.VisionTransformer", f"{EVA}.Eva")
+BLOCKS = (f"{VIT}.Block", f"{EVA}.EvaBlock")
+ATTENTIONS = (f"{ATTENTION}.Attention", f"{ATTENTION}.AttentionRope", f"{EVA}.EvaAttention")
 
 
 class TimmViT(VisionAdapter):

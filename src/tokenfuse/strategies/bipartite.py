@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokenfuse.kernels.window import cosine
+from tokenfuse.kernels.window import NO_MATCH, STEP, on_host
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.select import CHUNK, first_argmax, true_indices
+from tokenfuse.strategies.select import CHUNK, true_indices
 
 
 def nearest_per_row(
@@ -18,12 +18,28 @@ def nearest_per_row(
 
     A zero vector matches nothing: similarity NO_MATCH and key 0.
     """
+    query, has_match = _directions(queries)
+    key, exists = _directions(keys)
+    # In units of STEP: rounding makes a tie a tie whatever order the products are summed in.
+    query, worst = query / STEP, NO_MATCH / STEP
+    bias = torch.where(exists, 0.0, worst)[:, None, :]
+    # On a CPU what is compared stays in cache.
+    held = CHUNK // 64 if on_host(keys) else CHUNK
     found = []
-    for part in queries.split(max(1, CHUNK // (keys.shape[0] * keys.shape[1])), dim=1):
-        similar = cosine(part, keys)
-        found.append((similar.amax(-1), first_argmax(similar)))
-    best, index = zip(*found, strict=True)
-    return torch.cat(best, 1), torch.cat(index, 1)
+    for part in query.split(max(1, held // exists.numel()), dim=1):
+        # max returns the first of equals.
+        found.append(torch.baddbmm(bias, part, key.mT).round_().max(-1))
+    best, index = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    best = torch.where(has_match, best * STEP, NO_MATCH)
+    return best, torch.where(has_match, index, 0)
+
+
+def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors in fp32, and where there are any: not of zero, nor where squares overflow."""
+    wide = x.to(torch.float32)
+    norm = torch.linalg.vector_norm(wide, dim=-1)
+    sound = (norm > 1e-17) & (norm < 1e18)
+    return torch.where(sound[..., None], wide / norm[..., None], 0.0), sound
 
 
 def greatest_per_row(scores: Float[Tensor, "B n"], count: int) -> Int[Tensor, "B k"]:
