@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -83,6 +84,91 @@ def run(
         print(result.model_dump_json(indent=2))
     else:
         _show(result)
+
+
+@app.command()
+def compare(
+    video: Annotated[
+        str | None, typer.Argument(help="Video file; a short clip of tokenfuse's own if left out.")
+    ] = None,
+    strategies: Annotated[
+        list[str] | None,
+        typer.Option(help="Strategies, presets or YAML files, with commas; all if left out."),
+    ] = None,
+    keep_ratio: Annotated[
+        list[str] | None,
+        typer.Option(help="Shares of tokens to keep, with commas; 0.33 if left out."),
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="What to ask about the video.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id; the micro Qwen3-VL if left out.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to sample, evenly in time.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames to sample per second.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer: 64.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Timings per median: 3.")] = None,
+    micro: Annotated[
+        int | None,
+        typer.Option(min=1, help="Count right answers instead, to so many questions per task."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="With --micro: name of a .json to resume from, an .md and a .png file."),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--plot", help="Draw a curve per strategy into this file.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare strategies at equal numbers of tokens, on one video or on the micro model's tasks."""
+    with _errors():
+        import torch
+
+        from tokenfuse.bench import show
+        from tokenfuse.bench.candidates import listed, ratios
+
+        for_video = {
+            "VIDEO": video,
+            "--question": question,
+            "--frames": frames,
+            "--fps": fps,
+            "--max-new-tokens": max_new_tokens,
+            "--repeats": repeats,
+        }
+        show.refuse(for_video, {"--out": out}, micro)
+        _quiet()
+        if threads:
+            torch.set_num_threads(threads)
+        names, shares = listed(strategies or []), ratios(keep_ratio or ["0.33"])
+        if micro is None:
+            show.one_video(
+                _out,
+                _err,
+                video,
+                question,
+                names=names,
+                ratios=shares,
+                model=model,
+                frames=frames,
+                fps=fps,
+                max_new_tokens=max_new_tokens or 64,
+                repeats=repeats or 3,
+                picture=picture,
+                as_json=as_json,
+            )
+        else:
+            show.micro_tasks(
+                _out,
+                _err,
+                micro,
+                names=names,
+                ratios=shares,
+                model=model,
+                prefix=out,
+                picture=picture,
+                as_json=as_json,
+            )
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""Strategies side by side: on one video, on the micro model's questions, and as a page of docs."""

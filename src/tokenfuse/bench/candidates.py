@@ -1,0 +1,103 @@
+"""Which strategies are compared, each at every ratio, and why some cannot run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tokenfuse.adapters.base import Adapter
+from tokenfuse.config import KEY, load_strategy
+from tokenfuse.engine import refuse_unmet_needs
+from tokenfuse.errors import ConfigError, UnsupportedModelError
+from tokenfuse.registry import Registry
+from tokenfuse.strategies.base import Strategy
+
+ALL = "all"
+CONTROLS = ("uniform", "random", "frame_subsample")
+"""Strategies that hardly look at the tokens: what any other one should beat."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One row of a comparison: a strategy at a ratio, or the reason why there is none."""
+
+    label: str
+    keep_ratio: float
+    strategy: Strategy | None
+    reason: str | None = None
+
+    @property
+    def title(self) -> str:
+        return f"with {self.label} at {self.keep_ratio:g}" if self.strategy else self.label
+
+
+UNCOMPRESSED = Candidate("uncompressed", 1.0, None)
+"""The row that all others are held against."""
+
+
+def candidates(
+    names: Sequence[str], ratios: Sequence[float], adapter: Adapter, among: Registry
+) -> list[Candidate]:
+    """Every named strategy at every ratio; ``all`` stands for all that take a ``keep_ratio``.
+
+    One that cannot run on the adapter's model comes with the reason. Raises ConfigError for an
+    unknown name, one without a ``keep_ratio``, and a ratio that is none.
+    """
+    for ratio in ratios:
+        if not 0 < ratio <= 1:
+            raise ConfigError(f"--keep-ratio {ratio:g} is no share of tokens; expected (0, 1]")
+    if not ratios:
+        raise ConfigError("no ratio is given; expected one such as --keep-ratio 0.33")
+    sources: dict[str, None] = {}
+    for name in names or [ALL]:
+        # "all" may be a plugin's name, too: then it is that one.
+        wide = name == ALL and ALL not in among.strategies
+        sources |= dict.fromkeys(comparable(among) if wide else [name])
+    return [
+        _candidate(source, ratio, adapter, among)
+        for source in sources
+        for ratio in dict.fromkeys(ratios)
+    ]
+
+
+def comparable(among: Registry) -> Iterator[str]:
+    """Registered pre_llm strategies that can be built from a ``keep_ratio`` alone, by name."""
+    for name, entry in sorted(among.strategies.items()):
+        if entry.cls.stage == "pre_llm" and "keep_ratio" in entry.cls.model_fields:
+            try:
+                load_strategy({KEY: name, "keep_ratio": 0.5}, among=among)
+            except ConfigError:
+                continue
+            yield name
+
+
+def listed(values: Iterable[str]) -> list[str]:
+    """Values of an option that may be repeated and may hold several with commas."""
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]
+
+
+def ratios(values: Iterable[str]) -> list[float]:
+    """Numbers from such an option. Raises ConfigError."""
+    try:
+        return [float(value) for value in listed(values)]
+    except ValueError as error:
+        raise ConfigError(f"--keep-ratio: {error}; expected numbers such as 0.5,0.33") from None
+
+
+def _candidate(source: str, ratio: float, adapter: Adapter, among: Registry) -> Candidate:
+    try:
+        strategy = load_strategy(source, {"keep_ratio": ratio}, among=among)
+    except ConfigError:
+        # An unknown name or a faulty file says so itself.
+        plain = load_strategy(source, among=among)
+        if "keep_ratio" in type(plain).model_fields:
+            raise
+        raise ConfigError(
+            f"strategy {source} has no option keep_ratio, so that it cannot be compared at equal "
+            "numbers of tokens: leave it out, or try it alone with tokenfuse run"
+        ) from None
+    try:
+        refuse_unmet_needs(adapter, strategy)
+    except UnsupportedModelError as error:
+        return Candidate(source, ratio, None, str(error))
+    return Candidate(source, ratio, strategy)

@@ -1,0 +1,324 @@
+"""Accuracy of every strategy on the micro model's tasks.
+
+The clips and questions are those of ``tokenfuse.micro.evaluate``. The vision tower sees each clip
+once for all strategies that want the same of it: without that it would take most of the time.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
+from torch import Tensor
+
+from tokenfuse.adapters.base import Adapter, Encoded
+from tokenfuse.bench.candidates import UNCOMPRESSED, Candidate, candidates
+from tokenfuse.bench.compare import divergence, generate, why
+from tokenfuse.engine import compress_with, prompt_adapter
+from tokenfuse.errors import ConfigError
+from tokenfuse.inference import Say, load
+from tokenfuse.micro import CHECKPOINT
+from tokenfuse.micro.evaluate import clip_inputs, held_out
+from tokenfuse.micro.tasks import TASKS, Clip, Question, Task
+from tokenfuse.registry import Registry, registry
+from tokenfuse.report import versions
+
+LONGEST = 6
+"""Tokens that an answer may have; those of the micro model have up to three."""
+BATCH = 20
+
+
+class TaskScore(BaseModel):
+    """Counts and sums over the questions of one task.
+
+    ``right`` answers are right to the letter, ``same`` ones equal the uncompressed model's. ``kl``
+    is the sum of KL(uncompressed || compressed) of the first token in nats.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    questions: int = 0
+    right: int = 0
+    same: int = 0
+    kl: float = 0.0
+    tokens_before: int = 0
+    tokens_after: int = 0
+    plan_ms: float = 0.0
+
+    def __add__(self, other: TaskScore) -> TaskScore:
+        mine, more = dict(self), dict(other)
+        return TaskScore(**{name: mine[name] + more[name] for name in mine})
+
+
+class Score(BaseModel):
+    """One strategy at one ratio, or the uncompressed model, which has neither.
+
+    ``keep_ratio`` is what was asked for, ``kept`` the share that survived; ``kl`` and ``plan_ms``
+    are means over the questions. Where a strategy could not run there is only the ``reason``.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    strategy: str
+    keep_ratio: float | None = None
+    options: dict[str, Any] | None = None
+    reason: str | None = None
+    tasks: dict[Task, TaskScore] = {}
+
+    @property
+    def total(self) -> TaskScore:
+        """All tasks together."""
+        return sum(self.tasks.values(), TaskScore())
+
+    @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right answers over all tasks."""
+        return self._share("right")
+
+    @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
+    @property
+    def agreement(self) -> float | None:
+        """Share of answers that equal the uncompressed model's."""
+        return self._share("same")
+
+    @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
+    @property
+    def kl(self) -> float | None:
+        return self._share("kl")
+
+    @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
+    @property
+    def plan_ms(self) -> float | None:
+        return self._share("plan_ms")
+
+    @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
+    @property
+    def kept(self) -> float | None:
+        total = self.total
+        return total.tokens_after / total.tokens_before if total.tokens_before else None
+
+    def _share(self, name: str) -> float | None:
+        total = self.total
+        return getattr(total, name) / total.questions if total.questions else None
+
+
+class Benchmark(BaseModel):
+    """All scores, the uncompressed model's first. ``questions`` are per task."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    questions: int
+    device: str
+    dtype: str
+    versions: dict[str, str]
+    scores: list[Score]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What has to agree for scores to stand side by side."""
+        return self.model_dump(exclude={"scores"})
+
+
+def benchmark(
+    questions: int,
+    names: Sequence[str] = (),
+    ratios: Sequence[float] = (0.33,),
+    *,
+    source: str | Path = CHECKPOINT,
+    tasks: Sequence[Task] = TASKS,
+    keep: Path | None = None,
+    say: Say = lambda _: None,
+) -> Benchmark:
+    """Ask ``questions`` questions of each task, uncompressed and with every strategy and ratio.
+
+    ``names`` as in ``candidates``; all strategies if empty. ``keep`` is a JSON file: scores that it
+    holds are not measured again, and each task is added to it when done. ``say`` hears of each
+    step. Raises ConfigError where ``keep`` holds scores of other settings.
+    """
+    say("loading the model")
+    model, processor = load(source)
+    found = registry()
+    chosen = candidates(names, ratios, prompt_adapter(model, found), found)
+    result = Benchmark(
+        # A path of this machine means nothing elsewhere.
+        model="tokenfuse.micro" if source == CHECKPOINT else str(source),
+        questions=questions,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        versions=versions(),
+        scores=[],
+    )
+    known = _read(keep, result.settings) if keep else []
+    scores = {candidate: _resume(candidate, known) for candidate in (UNCOMPRESSED, *chosen)}
+    # What the file holds beside these stays in it.
+    ours = {_key(score) for score in scores.values()}
+    others = [score for score in known if _key(score) not in ours]
+    began, asked = time.perf_counter(), 0
+    for task in tasks:
+        missing = [c for c, score in scores.items() if not score.reason and task not in score.tasks]
+        if missing:
+            groups = list(_batches(held_out(task, questions)))
+            sums: dict[Candidate, TaskScore] = {}
+            for i, group in enumerate(groups):
+                say(f"{task}: questions {_span(groups, i)} of {questions}, {len(missing)} rows")
+                for candidate, score in _ask(model, processor, group, missing, found).items():
+                    if isinstance(score, str):
+                        scores[candidate] = scores[candidate].model_copy(
+                            update={"reason": score, "tasks": {}}
+                        )
+                    else:
+                        sums[candidate] = sums.get(candidate, TaskScore()) + score
+                        asked += score.questions
+                missing = [c for c in missing if not scores[c].reason]
+            for candidate in missing:
+                done = {**scores[candidate].tasks, task: sums[candidate]}
+                scores[candidate] = scores[candidate].model_copy(update={"tasks": done})
+        result = result.model_copy(update={"scores": [*scores.values(), *others]})
+        if keep:
+            write(keep, result.model_dump_json(indent=2) + "\n")
+    seconds = time.perf_counter() - began
+    if asked:
+        say(f"{asked} answers in {seconds:.0f} s, {asked / seconds:.0f} per second")
+    # An earlier run that was stopped may have left others half done.
+    whole = [
+        s for s in result.scores if s.reason or s.tasks.keys() == result.scores[0].tasks.keys()
+    ]
+    return result.model_copy(update={"scores": whole})
+
+
+def interval(right: int, questions: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval for a share, from counts."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, weight = right / questions, z * z / questions
+    middle = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * (share * (1 - share) / questions + weight / questions / 4) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file so that it is never seen half-written."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _read(path: Path, settings: Mapping[str, Any]) -> list[Score]:
+    if not path.exists():
+        return []
+    try:
+        held = Benchmark.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ConfigError(
+            f"{path} exists and holds no scores of this command: move it, or choose another --out"
+        ) from error
+    wrong = [name for name, value in settings.items() if held.settings[name] != value]
+    if wrong:
+        name = wrong[0]
+        raise ConfigError(
+            f"{path} holds scores for {name} {held.settings[name]}; this run has {settings[name]}: "
+            "move the file to measure anew, or choose another --out"
+        )
+    return held.scores
+
+
+def _resume(candidate: Candidate, known: Sequence[Score]) -> Score:
+    """The score that the file has of a candidate, or an empty one."""
+    strategy = candidate.strategy
+    fresh = Score(
+        strategy=candidate.label,
+        keep_ratio=None if candidate is UNCOMPRESSED else candidate.keep_ratio,
+        options=strategy.describe() if strategy else None,
+        reason=candidate.reason,
+    )
+    held = next((score for score in known if _key(score) == _key(fresh)), None)
+    # Options may have changed since, and a reason may be gone.
+    return held if held and held.options == fresh.options and not held.reason else fresh
+
+
+def _key(score: Score) -> tuple[str, float | None]:
+    return score.strategy, score.keep_ratio
+
+
+def _batches(asked: Sequence[tuple[Clip, Question]]) -> Iterator[list[tuple[Clip, Question]]]:
+    """Batches of clips of one length, so that hardly anything is padding."""
+    for _, group in groupby(asked, key=lambda pair: len(pair[0].frames)):
+        same = list(group)
+        for start in range(0, len(same), BATCH):
+            yield same[start : start + BATCH]
+
+
+def _span(groups: Sequence[Sequence[Any]], at: int) -> str:
+    before = sum(map(len, groups[:at]))
+    return f"{before + 1} to {before + len(groups[at])}"
+
+
+@torch.no_grad()
+def _ask(
+    model: Any,
+    processor: Any,
+    group: Sequence[tuple[Clip, Question]],
+    chosen: Sequence[Candidate],
+    found: Registry,
+) -> dict[Candidate, TaskScore | str]:
+    """What each candidate scores on one batch, or why it cannot."""
+    inputs = clip_inputs(processor, [c for c, _ in group], [q.text for _, q in group])
+    inputs = inputs.to(model.device)
+    expected = [question.answer for _, question in group]
+    ids, reference = generate(model, inputs, LONGEST)
+    plain = _texts(processor, ids)
+    adapter = _encoding_once(prompt_adapter(model, found))
+    scores: dict[Candidate, TaskScore | str] = {}
+    for candidate in chosen:
+        if candidate.strategy is None:
+            scores[candidate] = _score(plain, plain, expected)
+            continue
+        try:
+            short = compress_with(adapter, inputs, candidate.strategy, None, found)
+            ids, logits = generate(model, short, LONGEST)
+        except Exception as error:
+            scores[candidate] = why(error)
+            continue
+        scores[candidate] = _score(_texts(processor, ids), plain, expected).model_copy(
+            update={
+                "kl": float(divergence(reference, logits).sum()),
+                "tokens_before": short.report.tokens_before,
+                "tokens_after": short.report.tokens_after,
+                "plan_ms": short.report.plan_ms,
+            }
+        )
+    return scores
+
+
+def _score(given: Sequence[str], plain: Sequence[str], expected: Sequence[str]) -> TaskScore:
+    return TaskScore(
+        questions=len(given),
+        right=sum(map(str.__eq__, given, expected)),
+        same=sum(map(str.__eq__, given, plain)),
+    )
+
+
+def _texts(processor: Any, ids: Tensor) -> list[str]:
+    return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+
+
+def _encoding_once(adapter: Adapter) -> Adapter:
+    """The adapter, for one prompt: what it has encoded it does not encode again."""
+    encode = adapter.encode
+    seen: dict[tuple[Any, ...], list[Encoded]] = {}
+
+    def once(inputs: Mapping[str, Any], *wants: Any) -> list[Encoded]:
+        if wants not in seen:
+            seen[wants] = encode(inputs, *wants)
+        return seen[wants]
+
+    vars(adapter)["encode"] = once
+    return adapter

@@ -1,0 +1,146 @@
+"""The page of all strategies: ``python -m tokenfuse.bench.strategies_page``.
+
+It is made from the built-in strategies themselves, without those of plugins, and goes to standard
+output: their docstrings, their options as the JSON Schema has them, and the presets.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tokenfuse.config import load_strategy, presets
+from tokenfuse.errors import TokenFuseError
+from tokenfuse.registry import Registry
+from tokenfuse.strategies.base import Strategy
+
+HEAD = """\
+# Strategies
+
+<!-- Made by: python -m tokenfuse.bench.strategies_page > docs/reference/strategies.md -->
+
+Every strategy that tokenfuse brings. Options are keys of a [configuration](../how-to/configure.md);
+`tokenfuse strategies` lists those of installed plugins too, and `tokenfuse compare` puts them
+[side by side](../how-to/compare-strategies.md).
+
+A stage says where in the model tokens go: `pre_llm`, between the vision tower and the LLM, or
+`vision`, inside the vision tower. Needs are what a strategy must have beside features: `grid`,
+every place of the grid, so that it must come first in a chain; `saliency`, a score per token;
+`text`, the prompt's embeddings. Experimental strategies are reconstructions that nothing could be
+compared with.
+
+All have the option `positions`: `keep`, the default, or `contiguous`, which renumbers tokens
+without gaps, for comparison; see [Positions](../explanation/positions.md).
+"""
+
+
+def page(among: Registry | None = None) -> str:
+    """The page of every registered strategy, of the built-in ones if no registry is given."""
+    found = among or Registry(installed=False)
+    classes = [entry.cls for _, entry in sorted(found.strategies.items())]
+    files: dict[str, list[str]] = {}
+    for preset in presets():
+        try:
+            files.setdefault(load_strategy(preset, among=found).name, []).append(preset)
+        except TokenFuseError:
+            continue  # a preset of a strategy that is not among these
+    overview = [
+        [
+            f"[`{cls.name}`](#{cls.name})" + (" (experimental)" if cls.experimental else ""),
+            f"`{cls.stage}`",
+            ", ".join(f"`{need}`" for need in sorted(cls.needs)) or "–",
+            _paper(cls) or "–",
+            _cell(_first_sentence(cls)),
+        ]
+        for cls in classes
+    ]
+    parts = [HEAD, _table(["strategy", "stage", "needs", "paper", "what it does"], overview)]
+    parts += [_section(cls, files.get(cls.name, [])) for cls in classes]
+    return "\n".join(parts)
+
+
+def _section(cls: type[Strategy], files: Iterable[str]) -> str:
+    schema = cls.model_json_schema(ref_template="{model}")
+    needed = schema.get("required", [])
+    rows = [
+        [
+            f"`{key}`",
+            _cell(_type(option, schema.get("$defs", {}))),
+            "required" if key in needed else f"`{_value(option.get('default'))}`",
+            _cell(option.get("description", "")),
+        ]
+        for key, option in schema["properties"].items()
+        if key not in Strategy.model_fields
+    ]
+    facts = [f"Stage `{cls.stage}`"]
+    if cls.needs:
+        facts.append("needs " + ", ".join(f"`{need}`" for need in sorted(cls.needs)))
+    facts += [text for text in (_paper(cls), "experimental" if cls.experimental else "") if text]
+    shipped = ", ".join(f"`{name}`" for name in sorted(files))
+    lines = [f"## {cls.name}", "; ".join(facts) + ".", _prose(cls)]
+    lines += [f"Presets: {shipped}."] if shipped else []
+    if rows:
+        lines.append(_table(["option", "type", "default", "meaning"], rows))
+    return "\n\n".join(lines)
+
+
+def _prose(cls: type[Strategy]) -> str:
+    """The docstring as Markdown: code has single backticks there."""
+    return inspect.cleandoc(cls.__doc__ or "").replace("``", "`")
+
+
+def _first_sentence(cls: type[Strategy]) -> str:
+    first = re.sub(r"\s+", " ", _prose(cls).partition("\n\n")[0])
+    return re.split(r"(?<=\.) (?=[A-Z])", first)[0]
+
+
+def _paper(cls: type[Strategy]) -> str:
+    number = re.fullmatch(r"arXiv (\d{4}\.\d{4,5})", cls.paper)
+    return f"[{cls.paper}](https://arxiv.org/abs/{number[1]})" if number else cls.paper
+
+
+def _type(option: Mapping[str, Any], models: Mapping[str, Any]) -> str:
+    """A JSON Schema in words: ``number, > 0, ≤ 1``, ``\"mean\" or \"keep\"``."""
+    if "$ref" in option:
+        return _type(models.get(option["$ref"], {}), models)
+    if "anyOf" in option:
+        return " or ".join(_type(each, models) for each in option["anyOf"])
+    if "oneOf" in option:
+        return " or ".join(_type(each, models) for each in option["oneOf"])
+    if "enum" in option:
+        return " or ".join(f"`{_value(value)}`" for value in option["enum"])
+    if "const" in option:
+        return f"`{_value(option['const'])}`"
+    kind = str(option.get("type", "any"))
+    kind = {"null": "`null`", "array": "list", "object": "mapping"}.get(kind, kind)
+    if "items" in option:
+        kind += f" of {_type(option['items'], models)}"
+    signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    # A seed's bounds are those of its generator, and say nothing.
+    bounds = {key: sign for key, sign in signs.items() if abs(option.get(key, 2**53)) < 2**53}
+    return ", ".join([kind, *(f"{sign} {option[key]:g}" for key, sign in bounds.items())])
+
+
+def _value(value: Any) -> str:
+    """A value as YAML has it."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+
+
+def _table(columns: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main() -> None:
+    print(page(), end="")
+
+
+if __name__ == "__main__":
+    main()
