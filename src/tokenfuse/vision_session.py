@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from tokenfuse.adapters.vision import VisionAdapter
 from tokenfuse.errors import AttachError, UnsupportedModelError
@@ -51,7 +51,7 @@ class VisionSession(Session):
         self.tokens: list[int] = []
         self.plan: FusionPlan | None = None
         self._acts: VisionStrategy = strategy
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
         self._merges: list[int] = []
         self._keys: Tensor | None = None
         self._merged: Tensor | None = None
@@ -63,18 +63,19 @@ class VisionSession(Session):
                 f"this {type(self.model).__name__} is already attached; expected one session per "
                 "model at a time: leave the outer with-block first"
             )
-        for index, block in enumerate(self.adapter.blocks):
-            branch = self.adapter.branch(block)
-            enter, leave = partial(self._enter_block, index), self._leave_block
-            self._handles += [
-                block.register_forward_pre_hook(enter, with_kwargs=True),
-                self.adapter.watch_keys(block, self._note_keys),
-                branch.first.register_forward_pre_hook(self._merge),
-                branch.last.register_forward_hook(self._set_aside),
+        with ExitStack() as hooks:
+            for index, block in enumerate(self.adapter.blocks):
+                enter, branch = partial(self._enter_block, index), self.adapter.branch(block)
+                place = hooks.enter_context
+                place(block.register_forward_pre_hook(enter, with_kwargs=True))
+                place(self.adapter.watch_keys(block, self._note_keys))
+                place(branch.first.register_forward_pre_hook(self._merge))
+                place(branch.last.register_forward_hook(self._set_aside))
                 # Before other hooks, which expect what the block returns.
-                block.register_forward_hook(leave, prepend=True),
-            ]
-        setattr(self.model, MARK, self)
+                place(block.register_forward_hook(self._leave_block, prepend=True))
+            setattr(self.model, MARK, self)
+            hooks.callback(delattr, self.model, MARK)
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(
@@ -83,9 +84,7 @@ class VisionSession(Session):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        delattr(self.model, MARK)
-        while self._handles:
-            self._handles.pop().remove()
+        self._hooks.close()
         self._keys = self._merged = self._branch = None
 
     def _enter_block(
