@@ -434,6 +434,18 @@ def test_one_odd_block_is_enough_to_refuse(vit):
         attach(model, "tome", r=5)
 
 
+@torch.no_grad()
+def test_keys_that_nobody_saw_are_no_reason_to_merge_nothing_silently():
+    model = build("deit_small_patch16_224")
+    qkv = model.blocks[0].attn.qkv
+    with attach(model, "tome", r=5):
+        model.blocks[0].attn.qkv = nn.Linear(48, 144)
+        with pytest.raises(UnsupportedModelError, match="block 0 computed its keys out of"):
+            model(images_for(model))
+        model.blocks[0].attn.qkv = qkv
+        model(images_for(model))
+
+
 @pytest.mark.parametrize("argument", [{"attn_mask": torch.zeros(17, 17)}, {"is_causal": True}])
 @torch.no_grad()
 def test_a_mask_is_refused_where_tokens_have_merged(vit, argument):

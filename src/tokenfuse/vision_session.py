@@ -125,8 +125,13 @@ class VisionSession(Session):
     def _merge(self, first: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Merge the residual stream after attention, on its way into the second branch."""
         x, r = args[0], self._merges[len(self.tokens) - 1]
-        if self.plan is None or self._keys is None or r == 0:
+        if self.plan is None or r == 0:
             return None
+        if self._keys is None:
+            raise UnsupportedModelError(
+                f"block {len(self.tokens) - 1} computed its keys out of the sight of adapter "
+                f"{self.adapter.name}; expected it to call the modules that it has"
+            )
         step = self._acts.match(self._keys, r, self.adapter.protected)
         if step.is_identity:
             return None
