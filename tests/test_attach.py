@@ -27,6 +27,7 @@ from models import (
     user,
 )
 from tokenfuse import FusionPlan
+from tokenfuse.adapters.qwen3_vl import Qwen3VL
 from tokenfuse.errors import (
     AttachError,
     PlanError,
@@ -391,7 +392,9 @@ def test_a_strategy_is_found_by_name_and_mapping_too(model):
     assert session.report.strategy["strategy"] == "drop"
 
 
-def test_what_an_adapter_cannot_supply_is_said_before_anything_runs(model):
+def test_what_an_adapter_cannot_supply_is_said_before_anything_runs(model, monkeypatch):
+    monkeypatch.setattr(Qwen3VL, "supplies", frozenset())
+
     class NeedsSaliency(Halves):
         needs = frozenset({"saliency"})
 
