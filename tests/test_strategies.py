@@ -31,7 +31,7 @@ every = pytest.mark.parametrize("name", NAMES)
 budgeted = pytest.mark.parametrize("name", BUDGETED)
 exact = pytest.mark.parametrize("name", EXACT)
 
-KINDS = ["random", "video", "scenes", "identical", "static", "zeros", "some zeros"]
+KINDS = ["random", "video", "scenes", "palette", "identical", "static", "zeros", "some zeros"]
 GRIDS = st.one_of(
     st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(1, 4)),
     st.sampled_from([(1, 1, 1), (1, 4, 5), (6, 1, 1), (2, 1, 7)]),
@@ -53,6 +53,9 @@ def features_of(grid, kind, seed, width=16):
     elif kind == "scenes":
         scenes = torch.randn(3, h, w, width, generator=rng)
         noise = scenes[torch.arange(t) * 3 // t] + 0.2 * noise
+    elif kind == "palette":
+        colours = torch.randn(64, width, generator=rng)
+        noise = colours[torch.randint(64, (t, h, w), generator=rng)] + 0.1 * noise
     elif kind == "identical":
         noise = scene[:, :1, :1].expand(t, h, w, width)
     elif kind == "static":
@@ -193,7 +196,7 @@ class Largest(TorchDispatchMode):
 def test_a_long_video_needs_no_square_matrix(name):
     grid = (64, 24, 24)
     n = math.prod(grid)
-    tokens = tokens_of(grid, "scenes", width=8)
+    tokens = tokens_of(grid, "palette", width=8)
     strategy = make(name, keep_ratio=0.02) if name in BUDGETED else make(name)
     with Largest() as seen:
         plan = strategy.plan(tokens)
