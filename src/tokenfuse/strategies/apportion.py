@@ -28,7 +28,7 @@ def apportion(
 
     Never synchronises with the host. Holds (R, R) whole numbers.
     """
-    caps = torch.as_tensor(most, device=weights.device).expand(weights.shape).long()
+    caps = torch.zeros_like(weights, dtype=torch.long) + most
     floors = caps.clamp_max(least)
     enough = floors.sum() <= total
     base = torch.where(enough, floors, 0)

@@ -1,0 +1,77 @@
+"""DART."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tokenfuse.kernels.window import STEP
+from tokenfuse.plan import FusionPlan
+from tokenfuse.strategies.base import Budgeted, Need, Wants
+from tokenfuse.strategies.pairs import in_steps, unit
+from tokenfuse.strategies.select import true_indices
+from tokenfuse.tokens import Grid, VisualTokens
+
+
+class DART(Budgeted):
+    """Keep a few pivot tokens and the tokens least like them, and drop the duplicates.
+
+    Source: DART, arXiv 2502.11494. Pivots are the ``image_pivots`` visual tokens and the
+    ``text_pivots`` prompt tokens of greatest L1 norm. In turn, each takes its share of the
+    remaining visual tokens, those of lowest cosine to it. The visual pivots stay too.
+
+    The authors prune inside the LLM, after its layer 2, with norms of keys and cosines of hidden
+    states. This is the form of NVIDIA's TensorRT Edge-LLM, which prunes once before the LLM, with
+    norms and cosines of embeddings.
+
+    Where the published code iterates over a set, pivots here come in the order of their norms, the
+    visual ones first (lowest index on ties). Its rounding per pivot overshoots the share; here the
+    visual pivots count, the rest is divided evenly and the first pivots take one more where it does
+    not divide. A budget below ``image_pivots`` keeps those of greatest norm. Where the prompt has
+    fewer than ``text_pivots`` tokens, all of them are pivots. A blank (zero) vector has no
+    direction and is taken last.
+
+    The share is the published reduction of 77.8 %. Loops over pivots, not tokens. Never
+    synchronises with the host.
+    """
+
+    name: ClassVar[str] = "dart"
+    needs: ClassVar[frozenset[Need]] = frozenset({"text"})
+    paper: ClassVar[str] = "arXiv 2502.11494"
+
+    keep_ratio: float = Field(0.222, gt=0, le=1, description="share of tokens to keep, exactly")
+    image_pivots: int = Field(4, ge=1, description="visual tokens to compare all others with")
+    text_pivots: int = Field(4, ge=0, description="prompt tokens to compare all others with")
+
+    def wants(self) -> Wants:
+        return Wants(text=self.text_pivots > 0)
+
+    def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
+        units, blank = unit(tokens.features)
+        own = _greatest(tokens.features, min(self.image_pivots, count))
+        pivots = units[own]
+        if self.text_pivots:
+            text = tokens.demand("text")
+            prompt = text[_greatest(text, self.text_pivots)]
+            pivots = torch.cat([pivots, unit(prompt)[0]])
+        # Beyond every cosine: nothing is less welcome than a blank token.
+        cosines = in_steps(pivots @ units.T).masked_fill(blank, 2 / STEP)
+        share, more = divmod(count - own.shape[0], pivots.shape[0])
+        taken = torch.zeros_like(blank).index_fill(0, own, True)
+        for i, row in enumerate(cosines):
+            order = torch.argsort(row.masked_fill(taken, torch.inf), stable=True)
+            taken = taken.index_fill(0, order[: share + (i < more)], True)
+        return FusionPlan.from_survivors(true_indices(taken, count), tokens.num_tokens)
+
+    def matching_flops(self, grid: Grid, width: int) -> int:
+        return (self.image_pivots + self.text_pivots) * prod(grid) * width
+
+
+def _greatest(x: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` rows of greatest L1 norm, fewer if there are not as many."""
+    norms = x.to(torch.float32).abs().sum(-1)
+    return torch.argsort(norms, descending=True, stable=True)[:count]

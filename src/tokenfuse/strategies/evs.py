@@ -1,0 +1,52 @@
+"""Efficient Video Sampling."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from tokenfuse.plan import FusionPlan
+from tokenfuse.strategies.base import Budgeted, Need
+from tokenfuse.strategies.likeness import pairwise_likeness
+from tokenfuse.strategies.select import top
+from tokenfuse.tokens import Grid, VisualTokens
+
+
+class EVS(Budgeted):
+    """Keep the first frame and the tokens that changed most since the frame before.
+
+    Source: Efficient Video Sampling, arXiv 2510.14624, in the form that serving engines run, on
+    features. (The paper compares pixels.)
+
+    A token's change is 1 − cosine with the same place one frame earlier, whether or not that token
+    is kept. The first frame counts as changed above all. The tokens that changed most survive, the
+    lowest index on ties, so that a still video keeps its first frame and then its lowest indices. A
+    zero vector is at right angles to everything.
+
+    ``keep_ratio`` is one minus the published pruning rate. The published code keeps at least one
+    whole frame, and the whole part of its budget; here exactly ⌈keep_ratio · N⌉ tokens stay. A
+    budget below one frame therefore keeps the first tokens of the first frame, and no other: give
+    short videos a ratio above 1 / T. An image is cut off likewise.
+
+    Never synchronises with the host.
+    """
+
+    name: ClassVar[str] = "evs"
+    needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
+    paper: ClassVar[str] = "arXiv 2510.14624"
+
+    keep_ratio: float = Field(0.25, gt=0, le=1, description="share of tokens to keep, exactly")
+
+    def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
+        frames = tokens.frames
+        now, before = frames[1:].flatten(0, 2), frames[:-1].flatten(0, 2)
+        change = 1 - pairwise_likeness(now, before)
+        first = change.new_full((tokens.num_tokens - change.shape[0],), math.inf)
+        return FusionPlan.from_survivors(top(torch.cat([first, change]), count), tokens.num_tokens)
+
+    def matching_flops(self, grid: Grid, width: int) -> int:
+        t, h, w = grid
+        return (t - 1) * h * w * width

@@ -1,0 +1,95 @@
+"""Video Compression Commander."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from tokenfuse.kernels.window import STEP
+from tokenfuse.plan import FusionPlan
+from tokenfuse.strategies.base import Budgeted, Need
+from tokenfuse.strategies.select import top_per_row
+from tokenfuse.tokens import Grid, VisualTokens
+
+WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
+"""Variances of the Gaussians whose sum says how close a token is to a centre."""
+
+
+class VidCom2(Budgeted):
+    """Keep the tokens that stand out most, and more of them in frames that stand out.
+
+    Source: VidCom², arXiv 2505.14454, as its code computes it, not the paper's text.
+
+    Tokens are compared in the ``channels`` that vary least over the video. A token is the more
+    common the closer it lies to the mean of all tokens and to the mean of its frame. A frame's
+    share of the budget grows with how little its tokens resemble the video, through a softmax of
+    ``temperature``; it lies between ``keep_ratio`` · (1 − 1/T) and ``keep_ratio`` · (2 − 1/T). Of
+    each frame the least common tokens survive.
+
+    The published code rounds every frame's share for itself, so that its total drifts. As in its
+    port to vLLM, the commonest survivors of all leave, or the least common others of all return,
+    until exactly ⌈keep_ratio · N⌉ are left. Unlike there, no frame loses its last token where the
+    budget holds one for each; a smaller budget holds the least common of these.
+
+    The published code scores in the features' dtype, in which bf16 leaves few different values.
+    Here scores are fp32, and the lowest index wins on ties.
+
+    Never synchronises with the host.
+    """
+
+    name: ClassVar[str] = "vidcom2"
+    needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
+    paper: ClassVar[str] = "arXiv 2505.14454"
+
+    keep_ratio: float = Field(0.25, gt=0, le=1, description="share of tokens to keep, exactly")
+    channels: float = Field(
+        0.5, gt=0, le=1, description="share of the channels to compare, those that vary least"
+    )
+    temperature: float = Field(
+        0.01, gt=0, description="softness of the shares: the higher, the more equal the frames"
+    )
+
+    def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
+        x = tokens.frames.flatten(1, 2).to(torch.float32)
+        x = x[..., self._steadiest(x)]
+        x = torch.nn.functional.normalize(x, dim=-1)
+        in_video = _closeness(x, x.mean((0, 1), keepdim=True))
+        common = in_video + _closeness(x, x.mean(1, keepdim=True))
+
+        counts = (self._scales(in_video) * x.shape[1]).round().long().clamp_min(1)
+        kept = top_per_row(-common, counts)
+        floor = top_per_row(-common, torch.ones_like(counts))
+        # Each frame's least common token first, then what the frames' shares hold, then the rest:
+        # exact, since closeness is a multiple of STEP below 16.
+        key = common + 16 * (2 - kept.long() - floor.long())
+        survivors = torch.argsort(key.flatten(), stable=True)[:count].sort().values
+        return FusionPlan.from_survivors(survivors, tokens.num_tokens)
+
+    def matching_flops(self, grid: Grid, width: int) -> int:
+        t, h, w = grid
+        return 2 * t * h * w * self._compared(width)
+
+    def _compared(self, width: int) -> int:
+        return max(1, int(self.channels * width))
+
+    def _steadiest(self, x: Float[Tensor, "T P D"]) -> Int[Tensor, " C"]:
+        """The channels of least variance, the lowest on ties."""
+        width = x.shape[-1]
+        spread = x.var((0, 1), correction=0)
+        return torch.argsort(spread, stable=True)[: self._compared(width)].sort().values
+
+    def _scales(self, in_video: Float[Tensor, "T P"]) -> Float[Tensor, " T"]:
+        """The share of each frame's tokens that its uniqueness entitles it to."""
+        p = torch.softmax(-in_video.mean(-1) / self.temperature, dim=0)
+        return (self.keep_ratio * (1 + p - p.mean())).clamp_max(1)
+
+
+def _closeness(x: Float[Tensor, "T P C"], centre: Float[Tensor, "#T 1 C"]) -> Float[Tensor, "T P"]:
+    """A sum of Gaussians of the distance to ``centre``, rounded to multiples of STEP."""
+    distance = (x - centre).square().sum(-1)
+    close = torch.stack([torch.exp(distance / (-2 * width)) for width in WIDTHS])
+    return close.sum(0).div_(STEP).round_().mul_(STEP)
