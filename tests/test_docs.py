@@ -19,6 +19,7 @@ PAGES = (
     "docs/index.md",
     "docs/tutorial.md",
     "docs/how-to/configure.md",
+    "docs/how-to/compare-strategies.md",
     "docs/how-to/use-a-model.md",
 )
 
