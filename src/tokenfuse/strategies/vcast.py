@@ -80,7 +80,7 @@ def _curvature(means: Float[Tensor, "T D"]) -> Float[Tensor, " T"]:
 
 def _relative_length(frames: Float[Tensor, "T P D"]) -> Float[Tensor, "T P"]:
     """Lengths between the least and the greatest of the frame, 0..1, in multiples of STEP."""
-    length = torch.linalg.vector_norm(frames, dim=-1, dtype=torch.float32)
+    length = torch.linalg.vector_norm(frames.to(torch.float32), dim=-1)
     least, greatest = length.aminmax(dim=-1, keepdim=True)
     differs = greatest - least > STEP * greatest
     share = (length - least) / torch.where(differs, greatest - least, 1)
