@@ -176,11 +176,12 @@ def strategies(as_json: Json = False) -> None:
     """List the registered strategies."""
     with _errors():
         from tokenfuse.registry import registry
+        from tokenfuse.strategies.vision import stages
 
         rows = [
             {
                 "name": name,
-                "stage": entry.cls.stage,
+                "stage": stages(entry.cls),
                 "needs": sorted(entry.cls.needs),
                 "from": entry.distribution,
                 "about": _first_line(entry.cls),
@@ -243,7 +244,10 @@ def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
         return
     table = Table(box=None, pad_edge=False)
     for column in rows[0]:
-        table.add_column(column, style="bold" if column == "name" else None)
+        # One line each: a description is cut where the terminal ends, and --json has it whole.
+        table.add_column(
+            column, style="bold" if column == "name" else None, no_wrap=True, overflow="ellipsis"
+        )
     for row in rows:
         table.add_row(*(", ".join(v) if isinstance(v, list) else v for v in row.values()))
     _out.print(table)

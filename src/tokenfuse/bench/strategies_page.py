@@ -15,6 +15,7 @@ from tokenfuse.config import load_strategy, presets
 from tokenfuse.errors import TokenFuseError
 from tokenfuse.registry import Registry
 from tokenfuse.strategies.base import Strategy
+from tokenfuse.strategies.vision import stages
 
 HEAD = """\
 # Strategies
@@ -49,7 +50,7 @@ def page(among: Registry | None = None) -> str:
     overview = [
         [
             f"[`{cls.name}`](#{cls.name})" + (" (experimental)" if cls.experimental else ""),
-            f"`{cls.stage}`",
+            ", ".join(f"`{stage}`" for stage in stages(cls)),
             ", ".join(f"`{need}`" for need in sorted(cls.needs)) or "–",
             _paper(cls) or "–",
             _cell(_first_sentence(cls)),
@@ -74,7 +75,7 @@ def _section(cls: type[Strategy], files: Iterable[str]) -> str:
         for key, option in schema["properties"].items()
         if key not in Strategy.model_fields
     ]
-    facts = [f"Stage `{cls.stage}`"]
+    facts = ["Stage " + ", ".join(f"`{stage}`" for stage in stages(cls))]
     if cls.needs:
         facts.append("needs " + ", ".join(f"`{need}`" for need in sorted(cls.needs)))
     facts += [text for text in (_paper(cls), "experimental" if cls.experimental else "") if text]

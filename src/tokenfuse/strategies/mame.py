@@ -41,7 +41,7 @@ class MergeRound:
         Destinations are the even indices; the shares of a token sum to 1.
         """
         destinations = self.metric[::2]
-        for part in self.gone.split(max(1, CHUNK // destinations.shape[0])):
+        for part in self.gone.split(max(1, CHUNK // 4 // destinations.shape[0])):
             similar = cosine(self.metric[part][None], destinations[None])[0]
             linked = similar > self.threshold
             # At least the mean of all links. Products and sums of multiples of STEP are exact in

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokenfuse.plan import FusionPlan
+from tokenfuse.strategies.base import Stage, Strategy
 
 
 class VisionStrategy(ABC):
@@ -27,3 +28,11 @@ class VisionStrategy(ABC):
     @abstractmethod
     def key_bias(self, sizes: Int[Tensor, "B N"]) -> Float[Tensor, "B N"] | None:
         """What is added to every attention logit of each key, or None for nothing."""
+
+
+def stages(cls: type[Strategy]) -> list[Stage]:
+    """Where a strategy can act: at its own stage, and inside a vision transformer if it knows how.
+
+    Sorted, without repetition.
+    """
+    return sorted({cls.stage, "vision"} if issubclass(cls, VisionStrategy) else {cls.stage})
