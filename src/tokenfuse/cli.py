@@ -244,13 +244,14 @@ def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
         return
     table = Table(box=None, pad_edge=False)
     for column in rows[0]:
-        # One line each: a description is cut where the terminal ends, and --json has it whole.
-        table.add_column(
-            column, style="bold" if column == "name" else None, no_wrap=True, overflow="ellipsis"
-        )
-    for row in rows:
-        table.add_row(*(", ".join(v) if isinstance(v, list) else v for v in row.values()))
-    _out.print(table)
+        table.add_column(column, style="bold" if column == "name" else None, no_wrap=True)
+    cells = [[", ".join(v) if isinstance(v, list) else v for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(rows[0], *cells, strict=True)]
+    # The last column, a description, is cut where the terminal ends; --json has it whole.
+    room = max(20, _out.width - sum(widths[:-1]) - 2 * len(widths))
+    for *short, about in cells:
+        table.add_row(*short, about if len(about) <= room else about[: room - 1] + "…")
+    _out.print(table, crop=False)
 
 
 def _show(result: Any) -> None:
