@@ -22,16 +22,17 @@ class ComponentPlan(FusionPlan):
     """A plan with the components that gave each survivor the feature which it starts from.
 
     ``within``: tokens into the components of their frames. ``across``: those into the components of
-    all frames, in the order of the survivors.
+    all frames. ``order (M,)``: which of these each survivor stands for.
     """
 
     within: FusionPlan
     across: FusionPlan
+    order: Tensor
 
     def components(self, x: Tensor) -> Tensor:
         """The component token of each survivor: the mean of its frame components' means, wide."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.across.fuse(self.within.fuse(wide))
+        return self.across.fuse(self.within.fuse(wide))[self.order]
 
 
 class LLaVAScissor(Budgeted):
@@ -98,8 +99,7 @@ class LLaVAScissor(Budgeted):
         survivors, slots = _representatives(x, across.fuse(means), component)
         order = survivors.sort().indices
         rank = torch.argsort(order)
-        across = FusionPlan(across.survivors, rank[across.target])
-        return ComponentPlan(survivors[order], rank[slots], within, across)
+        return ComponentPlan(survivors[order], rank[slots], within, across, order)
 
 
 def _representatives(x: Tensor, y: Tensor, component: Tensor) -> tuple[Tensor, Tensor]:
