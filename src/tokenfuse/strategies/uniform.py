@@ -16,7 +16,8 @@ class Uniform(Budgeted):
     """Keep tokens at even distances in sequence order and drop the rest.
 
     A control: a method that looks at the tokens should do better. Survivors are the middles of
-    equal parts of the sequence. Never synchronises with the host.
+    equal parts of the sequence. Where a row of the grid is a whole number of distances long, the
+    same columns survive in every row. Never synchronises with the host.
     """
 
     name: ClassVar[str] = "uniform"
