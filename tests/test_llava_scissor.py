@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tokenfuse import VisualTokens
+from tokenfuse import VisualTokens, load_strategy
 from tokenfuse.kernels.window import cosine
 from tokenfuse.strategies.llava_scissor import LLaVAScissor
 
@@ -182,3 +182,131 @@ def test_a_budget_makes_the_strongest_links_first(count):
         pytest.fail("no threshold makes these components")
     same = torch.tensor(label)[:, None] == torch.tensor(label)[None]
     assert torch.equal(same, ~apart)
+
+
+def members(plan):
+    """The tokens of each of a plan's survivors."""
+    return sorted(
+        (plan.target == slot).nonzero().flatten().tolist() for slot in range(plan.num_kept)
+    )
+
+
+def strongest_first(x, count):
+    """Tokens joined in order of falling cosine, in plain loops, until ``count`` are left."""
+    alike = similar(x, x).tolist()
+    pairs = sorted(((alike[a][b], a, b) for a in range(len(x)) for b in range(a)), reverse=True)
+    # The order of equal links is nobody's promise.
+    assume(len({weight for weight, _, _ in pairs}) == len(pairs))
+    groups = [{i} for i in range(len(x))]
+    for _, a, b in pairs:
+        one, other = (next(g for g in groups if i in g) for i in (a, b))
+        if len(groups) > count and one is not other:
+            groups.remove(other)
+            one |= other
+    return sorted(sorted(g) for g in groups)
+
+
+@settings(max_examples=60)
+@given(GRIDS, st.integers(0, 10**6), THRESHOLDS, st.data())
+def test_a_budget_links_within_frames_above_the_threshold_and_then_across(
+    grid, seed, threshold, data
+):
+    tokens = tokens_of(grid, seed)
+    n = tokens.num_tokens
+    count = data.draw(st.integers(1, n - 1))
+    natural = LLaVAScissor(threshold=threshold).plan(tokens).within
+    plan = LLaVAScissor(threshold=threshold, keep_ratio=count / n).plan(tokens)
+    assert plan.num_kept == count
+    assert plan.sizes.sum() == n
+    if natural.num_kept < count:
+        # Fewer links than the threshold would make, all of them within frames.
+        assert plan.across.is_identity
+        inside = [set(group) for group in members(natural)]
+        assert all(any(set(group) <= whole for whole in inside) for group in members(plan.within))
+        return
+    assert torch.equal(plan.within.target, natural.target)
+    means = natural.fuse(tokens.features)
+    assert members(plan.across) == strongest_first(means, count)
+
+
+def test_cosines_that_differ_by_side_make_no_cycle(monkeypatch):
+    """A pair's two cosines may be rounded apart; every link must still join two components."""
+
+    def round_and_round(unit, roots):
+        return torch.ones(3), torch.tensor([1, 2, 0])
+
+    found, first = module._strongest, iter([round_and_round])
+    monkeypatch.setattr(module, "_strongest", lambda *args: next(first, found)(*args))
+    frames = tokens_of((1, 1, 3), 0).frames.flatten(1, 2)
+    weight, one, other = module._spanning_links(frames, -math.inf)
+    assert weight.isfinite().sum() == 2
+    assert module._join(torch.arange(3), one, other).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("n", [2, 3, 64, 577])
+def test_long_chains_are_followed_to_their_ends_in_any_order(n):
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    index = torch.arange(n)
+    x = torch.zeros(n, n + 1).index_put((index, order), torch.ones(()))
+    x = x.index_put((index, order + 1), torch.ones(()))
+    plan = LLaVAScissor(threshold=0.4).plan(VisualTokens.from_grid(x, (1, 1, n)))
+    assert plan.sizes.tolist() == [n]
+
+
+def test_a_component_stands_at_the_member_that_is_most_like_its_token():
+    angles = torch.tensor([0.0, 20, 40, 60, 80, 180]).deg2rad()
+    x = torch.stack([angles.cos(), angles.sin()], 1)
+    plan = LLaVAScissor().plan(VisualTokens.from_grid(x, (1, 1, 6)))
+    assert plan.survivors.tolist() == [2, 5]
+
+
+def test_a_component_whose_mean_is_zero_still_stands_somewhere():
+    x = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+    out = LLaVAScissor(threshold=-0.5).compress(VisualTokens.from_grid(x, (1, 2, 2)))
+    out.plan.check(4)
+    assert out.plan.survivors.tolist() == [0]
+    assert out.features.isfinite().all()
+
+
+@given(st.integers(1, 12), st.floats(1, 2))
+def test_a_threshold_of_one_or_more_keeps_everything(n, threshold):
+    tokens = VisualTokens.from_grid(torch.ones(n, 3), (1, 1, n))
+    assert LLaVAScissor(threshold=threshold).plan(tokens).is_identity
+
+
+def test_a_budget_joins_zero_vectors_too():
+    tokens = VisualTokens.from_grid(torch.zeros(4, 2), (2, 1, 2))
+    assert LLaVAScissor(threshold=-1).plan(tokens).is_identity
+    out = LLaVAScissor(keep_ratio=0.5).compress(tokens)
+    assert out.sizes.sum() == 4
+    assert torch.equal(out.features, torch.zeros(2, 2))
+
+
+def test_a_plan_fuses_other_layers_alike():
+    tokens = tokens_of((3, 2, 3), 5)
+    strategy = LLaVAScissor(threshold=0.8)
+    out = strategy.compress(tokens)
+    assert not out.plan.is_identity
+    other = torch.cat([3 * tokens.features, torch.ones(18, 1)], -1)
+    fused = strategy.fuse(out.plan, other)
+    torch.testing.assert_close(fused[:, :-1], 3 * out.features)
+    torch.testing.assert_close(fused[:, -1], torch.ones(out.plan.num_kept))
+
+
+@pytest.mark.parametrize("keep_ratio", [None, 0.4])
+def test_half_precision_decides_as_fp32_does(keep_ratio):
+    tokens = tokens_of((3, 4, 5), 8)
+    x = tokens.features.bfloat16()
+    strategy = LLaVAScissor(threshold=0.8, keep_ratio=keep_ratio)
+    out = strategy.compress(VisualTokens.from_grid(x, tokens.grid))
+    wide = strategy.compress(VisualTokens.from_grid(x.float(), tokens.grid))
+    assert torch.equal(out.plan.target, wide.plan.target)
+    assert torch.equal(out.features, wide.features.bfloat16())
+
+
+def test_the_preset_has_the_published_threshold():
+    assert load_strategy("llava_scissor-published") == LLaVAScissor()
+
+
+def test_matching_flops_are_those_of_the_first_comparison():
+    assert LLaVAScissor().matching_flops((4, 3, 2), 10) == 4 * 36 * 10

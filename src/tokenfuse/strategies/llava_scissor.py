@@ -120,11 +120,13 @@ def _components(frames: Tensor, threshold: float, count: int | None) -> FusionPl
 
     With ``count``, only the strongest links are made, so that no fewer components are left.
     """
+    n = frames.shape[0] * frames.shape[1]
+    if n == count:
+        return FusionPlan.identity(n, frames.device)
     weight, one, other = _spanning_links(frames, threshold)
-    n = weight.shape[0]
     if count is not None:
         # Slots without a link are last, and go nowhere.
-        made = torch.argsort(weight, descending=True, stable=True)[: max(0, n - count)]
+        made = torch.argsort(weight, descending=True, stable=True)[: n - count]
         one, other = one[made], other[made]
     index = torch.arange(n, device=frames.device)
     roots = _join(index, one, other)
