@@ -169,7 +169,7 @@ def test_the_uncompressed_row_comes_first_and_the_others_are_held_against_it():
         assert row["same_answer"] == (row["answer"] == plain["answer"])
         assert row["speedup"] == pytest.approx(plain["ttft_ms"] / row["ttft_ms"])
         assert 0 < row["plan_ms"] < row["ttft_ms"]
-        assert row["peak_bytes"] is None or row["peak_bytes"] > 0
+        assert 0 < row["peak_bytes"] <= plain["peak_bytes"]
         if row["keep_ratio"] == 1:
             assert row["kl"] == 0
             assert row["same_answer"]
@@ -195,12 +195,10 @@ def test_the_divergence_is_from_the_uncompressed_distribution():
     assert float(divergence(p.log(), p.log())) == 0
 
 
-def test_the_table_for_people_has_every_row_and_says_what_is_not_measured():
+def test_the_table_for_people_has_every_row():
     result = run("--strategies", "uniform", "--keep-ratio", "0.5,0.25", "--repeats", "1")
     for word in ("uncompressed", "uniform", "144 (50.0%)", "72 (25.0%)", "yellow", "yes", "KL"):
         assert word in result.stdout
-    if not torch.cuda.is_available():
-        assert "peak memory: not measured on cpu" in result.stdout
     assert "timing the first token, 1 of 1" in result.stderr
 
 

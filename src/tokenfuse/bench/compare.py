@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from tokenfuse.adapters.base import MODALITIES
 from tokenfuse.bench.candidates import UNCOMPRESSED, Candidate, candidates
+from tokenfuse.bench.memory import peak_memory
 from tokenfuse.engine import prompt_adapter
 from tokenfuse.errors import TokenFuseError
 from tokenfuse.inference import Say, first_token_ms, load, video_inputs
@@ -30,8 +30,9 @@ class Row(BaseModel):
 
     ``keep_ratio`` is what was asked for, ``kept`` the share that survived. ``kl`` is the divergence
     of the first token's distribution from the uncompressed one in nats, ``speedup`` the
-    uncompressed time to first token over this one, ``peak_bytes`` what CUDA had allocated at most,
-    weights included. Where a strategy could not run there is only the ``reason``.
+    uncompressed time to first token over this one, ``peak_bytes`` the most memory that tensors of
+    the run took, without weights and inputs. Where a strategy could not run there is only the
+    ``reason``.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -154,7 +155,7 @@ class _Run:
     reason: str | None
     text: str = ""
     logits: Tensor | None = None
-    peak: int | None = None
+    peak: int = 0
     times: list[float] = field(default_factory=list)
     reports: list[Report] = field(default_factory=list)
 
@@ -178,16 +179,15 @@ def _answer(
         if run.reason:
             continue
         say(f"answering {run.candidate.title}")
-        _reset_peak()
         try:
-            with run.attached(model):
+            with run.attached(model), peak_memory(model.device) as peak:
                 ids, logits = generate(model, inputs, max_new_tokens)
         except Exception as error:
             if run.candidate is plain:
                 raise
             run.reason = why(error)
             continue
-        run.peak = _peak()
+        run.peak = peak()
         run.logits = logits.cpu()
         run.text = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
     return runs
@@ -229,18 +229,3 @@ def _row(run: _Run, plain: _Run) -> Row:
         # A prompt that came through as it was says why.
         reason=report.reason if candidate.keep_ratio < 1 else None,
     )
-
-
-def _reset_peak() -> None:
-    for device in range(torch.cuda.device_count()):
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak() -> int | None:
-    """Bytes that CUDA has allocated at most since the reset, None without CUDA.
-
-    The resident size of a process is no measure: it hardly falls from one run to the next.
-    """
-    if not torch.cuda.is_available():
-        return None
-    return sum(torch.cuda.max_memory_allocated(d) for d in range(torch.cuda.device_count()))

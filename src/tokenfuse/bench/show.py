@@ -58,8 +58,6 @@ def one_video(
     for row in result.rows:
         if row.reason:
             _print_reason(out, row)
-    if all(row.peak_bytes is None for row in result.rows):
-        out.print(f"[dim]peak memory: not measured on {result.device}, only on CUDA[/]")
 
 
 def micro_tasks(
@@ -134,11 +132,17 @@ def refuse(
 
 def _comparison_table(result: Comparison) -> Table:
     table = _table(
-        "strategy", "asked", "tokens", "answer", "same", "KL, nats", "matching", "first token", ""
+        "strategy",
+        "asked",
+        "tokens",
+        "answer",
+        "same",
+        "KL, nats",
+        "matching",
+        "first token",
+        "",
+        "peak",
     )
-    memory = any(row.peak_bytes is not None for row in result.rows)
-    if memory:
-        table.add_column("peak", justify="right")
     for row in result.rows:
         asked = NONE if row.keep_ratio is None else f"{row.keep_ratio:g}"
         if row.answer is None:
@@ -155,9 +159,8 @@ def _comparison_table(result: Comparison) -> Table:
             _number(row.plan_ms, ".1f", " ms"),
             _number(row.ttft_ms, ".1f", " ms"),
             "" if plain else _number(row.speedup, ".2f", "x"),
+            NONE if row.peak_bytes is None else size(row.peak_bytes),
         ]
-        if memory:
-            cells.append(NONE if row.peak_bytes is None else size(row.peak_bytes))
         table.add_row(*cells)
     return table
 
