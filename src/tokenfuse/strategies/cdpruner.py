@@ -35,13 +35,12 @@ class CDPruner(Budgeted):
     determinantal point process with kernel diag(q) · S · diag(q): S holds the cosines of the tokens
     with each other, q their relevance to the prompt, scaled to (0, 1] over the item.
 
-    Relevance is the cosine with the mean of the prompt's embeddings, as in OpenVINO GenAI, so that
-    no text tower is needed. The published code takes it from CLIP and negates it, a quirk of that
-    model which embeddings do not have: here more alike is more relevant.
+    Relevance is the cosine with the mean of the prompt's embeddings, so that no text tower is
+    needed. That is ours: the published code takes it from CLIP and negates it, a quirk of that
+    model which embeddings do not have. Here more alike is more relevant.
 
     ``relevance_weight`` θ replaces q by exp(α · q) with α = θ / (2 (1 − θ)), the paper's trade-off:
-    0 is for differences alone (OpenVINO GenAI's option of this name is 0.5). Without it, q itself
-    is used, as in the published code.
+    0 is for differences alone. Without it, q itself is used, as in the published code.
 
     The published code scales relevance over a whole batch and divides by 0 where it is constant;
     here each item is scaled alone, and constant relevance is q = 1. Where more tokens are asked for
