@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import tokenfuse
 from models import model_of, one_video
-from tokenfuse import FusionPlan, VisualTokens, load_strategy
+from tokenfuse import FusionPlan, Strategy, VisualTokens, load_strategy
 from tokenfuse.errors import ConfigError, PlanError, TokensError
+from tokenfuse.strategies.compose import Compose
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,6 +55,38 @@ def test_the_keep_ratio_is_of_all_tokens(ratio):
     chain = load_strategy(chain, {"keep_ratio": ratio})
     asked = math.ceil(ratio * 60 - 1e-9)
     assert chain.compress(tokens).plan.num_kept == min(asked, 54)
+
+
+@pytest.mark.parametrize("inner", [["ttf", "uniform"], [{"compose": ["ttf"]}]])
+def test_a_chain_in_a_chain_needs_what_it_begins_with(inner):
+    with pytest.raises(ConfigError, match="ttf needs every place of the grid"):
+        load_strategy({"compose": ["uniform", {"compose": inner}]})
+    chain = load_strategy({"compose": [{"compose": inner}, "uniform"], "keep_ratio": 0.2})
+    assert chain.compress(tokens_of((3, 4, 5))).plan.num_kept == 12
+
+
+def test_a_keep_ratio_without_a_last_step_that_takes_one_is_refused_in_a_chain_too():
+    class EveryOther(Strategy):
+        name = "every_other"
+
+        def plan(self, tokens):
+            return FusionPlan.from_survivors(
+                torch.arange(0, tokens.num_tokens, 2), tokens.num_tokens
+            )
+
+    inner = Compose(compose=(load_strategy("uniform"), EveryOther()))
+    with pytest.raises(ValueError, match="is for the last step, and every_other has none"):
+        Compose(compose=(inner,), keep_ratio=0.2)
+
+
+def test_a_chain_that_leads_back_to_itself_is_refused(tmp_path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text(f"compose: [uniform, '{two}']\n")
+    two.write_text(f"compose: ['{one}']\n")
+    with pytest.raises(ConfigError, match="leads back to itself") as caught:
+        load_strategy(one)
+    assert len(str(caught.value)) < 500
+    assert load_strategy({"compose": ["uniform"]}).compose == (load_strategy("uniform"),)
 
 
 def test_a_file_names_the_chain_by_its_key(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -23,6 +24,7 @@ from tokenfuse.strategies.base import Strategy, Wants
 from tokenfuse.strategies.select import budget
 from tokenfuse.tokens import Grid, VisualTokens
 
+_loading = ContextVar("tokenfuse_compose_loading", default=False)
 _STEP = {"anyOf": [{"type": "string"}, {"type": "object"}]}
 
 
@@ -61,7 +63,17 @@ class Compose(Strategy):
         if isinstance(steps, str) or not isinstance(steps, Sequence):
             raise ValueError("it should be a list of strategies, such as [ttf, attention]")
         load = (info.context or {}).get("load", lambda step: step)
-        return tuple(load(step) for step in steps)
+        outermost = not _loading.get()
+        token = _loading.set(True)
+        try:
+            return tuple(load(step) for step in steps)
+        except RecursionError:
+            # Every chain on the way here is out of room to explain it, except the first.
+            if not outermost:
+                raise
+            raise ValueError("the chain leads back to itself; remove that step") from None
+        finally:
+            _loading.reset(token)
 
     @field_validator("compose")
     @classmethod
@@ -70,9 +82,9 @@ class Compose(Strategy):
             if step.positions != "keep":
                 raise ValueError(f"{step.name} sets positions; set them on the chain instead")
         for step in steps[1:]:
-            if "grid" in step.needs:
+            if "grid" in _first(step).needs:
                 raise ValueError(
-                    f"{step.name} needs every place of the grid, so it can only come first"
+                    f"{_first(step).name} needs every place of the grid, so it can only come first"
                 )
         asked = {wants.attention for wants in (step.wants() for step in steps)} - {None}
         if len(asked) > 1:
@@ -81,7 +93,7 @@ class Compose(Strategy):
 
     @model_validator(mode="after")
     def _last_has_a_budget(self) -> Compose:
-        last = self.compose[-1]
+        last = _last(self)
         if self.keep_ratio is not None and "keep_ratio" not in type(last).model_fields:
             raise ValueError(f"keep_ratio is for the last step, and {last.name} has none")
         return self
@@ -124,3 +136,12 @@ class Compose(Strategy):
     def matching_flops(self, grid: Grid, width: int) -> int:
         # What later steps cost depends on what the first leaves.
         return self.compose[0].matching_flops(grid, width)
+
+
+def _first(step: Strategy) -> Strategy:
+    """The strategy that a step begins with, inside chains too."""
+    return _first(step.compose[0]) if isinstance(step, Compose) else step
+
+
+def _last(step: Strategy) -> Strategy:
+    return _last(step.compose[-1]) if isinstance(step, Compose) else step
