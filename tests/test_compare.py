@@ -227,6 +227,22 @@ def test_scores_are_what_the_models_own_evaluation_finds(model):
     assert plain.kl == 0
 
 
+def test_answers_follow_prompts_that_a_tokenizer_pads_at_their_end(monkeypatch):
+    # Two lengths in a batch, so that there is padding.
+    monkeypatch.setattr(micro, "_batches", lambda asked: iter([list(asked)]))
+    expected = benchmark(2, ["uniform"], [0.25], tasks=("color",))
+
+    def padding_right(source):
+        model, processor = load(source)
+        processor.tokenizer.padding_side = "right"
+        return model, processor
+
+    monkeypatch.setattr(micro, "load", padding_right)
+    found = benchmark(2, ["uniform"], [0.25], tasks=("color",))
+    assert [score.kl for score in found.scores] == [score.kl for score in expected.scores]
+    assert found.scores[0].tasks["color"].right == 2
+
+
 def test_the_vision_tower_sees_a_clip_once_for_all_that_want_the_same(monkeypatch):
     wants = []
     encode = Qwen3VL.encode
@@ -400,6 +416,12 @@ def no_model(*_):
         (["--micro", "5", "--repeats", "2"], "--repeats does not go with --micro"),
         (["--out", "scores"], "--out goes with --micro"),
         (["--keep-ratio", "half"], "half"),
+        (["--keep-ratio", "0"], "--keep-ratio 0 is no share of tokens"),
+        (["--micro", "5", "--keep-ratio", "1.5"], "--keep-ratio 1.5 is no share of tokens"),
+        (["--strategies", "unifrom"], 'did you mean "uniform"'),
+        (["--micro", "5", "--strategies", "unifrom"], 'did you mean "uniform"'),
+        (["--micro", "5", "--out", "."], "--out . is a folder"),
+        (["--micro", "5", "--out", ".."], "--out .. is a folder"),
         (["--plot", "curves.docx"], "no suffix of a picture"),
         (["--plot", "no/such/folder/curves.png"], "make no/such/folder first"),
     ],
@@ -413,6 +435,23 @@ def test_what_is_wrong_is_said_before_anything_runs(arguments, message, monkeypa
     assert result.exit_code == 2
     assert message in result.stderr
     assert result.stdout == ""
+
+
+def test_a_folder_is_no_file_to_write(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(video, "load", no_model)
+    monkeypatch.setattr(micro, "load", no_model)
+    for end in (".json", ".md", ".png"):
+        (tmp_path / f"scores{end}").mkdir()
+        name = str(tmp_path / "scores")
+        result = cli.invoke(app, ["compare", "--micro", "1", "--out", name])
+        assert result.exit_code == 2
+        assert f"scores{end} is a folder" in result.stderr
+        (tmp_path / f"scores{end}").rmdir()
+    (tmp_path / "x.png").mkdir()
+    result = cli.invoke(app, ["compare", "--plot", str(tmp_path / "x.png")])
+    assert result.exit_code == 2
+    assert "x.png is a folder" in result.stderr
 
 
 def test_without_matplotlib_only_pictures_are_refused(monkeypatch, tmp_path):

@@ -36,12 +36,12 @@ UNCOMPRESSED = Candidate("uncompressed", 1.0, None)
 
 
 def candidates(
-    names: Sequence[str], ratios: Sequence[float], adapter: Adapter, among: Registry
+    names: Sequence[str], ratios: Sequence[float], adapter: Adapter | None, among: Registry
 ) -> list[Candidate]:
     """Every named strategy at every ratio; ``all`` stands for all that take a ``keep_ratio``.
 
-    One that cannot run on the adapter's model comes with the reason. Raises ConfigError for an
-    unknown name, one without a ``keep_ratio``, and a ratio that is none.
+    One that cannot run on the adapter's model comes with the reason; without an adapter all can.
+    Raises ConfigError for an unknown name, one without a ``keep_ratio``, and a ratio that is none.
     """
     for ratio in ratios:
         if not 0 < ratio <= 1:
@@ -84,7 +84,7 @@ def ratios(values: Iterable[str]) -> list[float]:
         raise ConfigError(f"--keep-ratio: {error}; expected numbers such as 0.5,0.33") from None
 
 
-def _candidate(source: str, ratio: float, adapter: Adapter, among: Registry) -> Candidate:
+def _candidate(source: str, ratio: float, adapter: Adapter | None, among: Registry) -> Candidate:
     try:
         strategy = load_strategy(source, {"keep_ratio": ratio}, among=among)
     except ConfigError:
@@ -97,7 +97,8 @@ def _candidate(source: str, ratio: float, adapter: Adapter, among: Registry) -> 
             "numbers of tokens: leave it out, or try it alone with tokenfuse run"
         ) from None
     try:
-        refuse_unmet_needs(adapter, strategy)
+        if adapter:
+            refuse_unmet_needs(adapter, strategy)
     except UnsupportedModelError as error:
         return Candidate(source, ratio, None, str(error))
     return Candidate(source, ratio, strategy)

@@ -86,11 +86,13 @@ def compare(
 
     ``names`` as in ``candidates``; all strategies if empty. ``say`` hears of each step.
     """
+    found = registry()
+    # What is wrong is said before the model, which may be large, is loaded.
+    candidates(names, ratios, None, found)
     say("decoding the video")
     video = read_video(path, frames=frames, fps=fps)
     say("loading the model")
     model, processor = load(source)
-    found = registry()
     adapter = prompt_adapter(model, found)
     chosen = candidates(names, ratios, adapter, found)
     inputs = video_inputs(processor, video, question).to(model.device)

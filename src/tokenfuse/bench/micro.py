@@ -144,9 +144,13 @@ def benchmark(
     holds are not measured again, and each task is added to it when done. ``say`` hears of each
     step. Raises ConfigError where ``keep`` holds scores of other settings.
     """
+    found = registry()
+    # What is wrong is said before the model, which may be large, is loaded.
+    candidates(names, ratios, None, found)
     say("loading the model")
     model, processor = load(source)
-    found = registry()
+    # Answers follow their prompts; many tokenizers pad as for training.
+    processor.tokenizer.padding_side = "left"
     chosen = candidates(names, ratios, prompt_adapter(model, found), found)
     result = Benchmark(
         # A path of this machine means nothing elsewhere.

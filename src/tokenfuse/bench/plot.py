@@ -72,6 +72,8 @@ def check(path: Path) -> None:
         raise ConfigError(
             f"{path} has no suffix of a picture; expected one of: {', '.join(sorted(kinds))}"
         )
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; expected a file: choose another name")
     if not path.parent.is_dir():
         raise ConfigError(f"{path} lies in no folder: make {path.parent} first")
 

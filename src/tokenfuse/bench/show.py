@@ -76,7 +76,7 @@ def micro_tasks(
 
     Raises TokenFuseError.
     """
-    files = {end: prefix.with_name(prefix.name + end) for end in ENDINGS} if prefix else {}
+    files = _files(prefix) if prefix else {}
     pictures = [path for path in (files.get(".png"), picture) if path]
     for path in pictures:
         plot.check(path)
@@ -114,6 +114,16 @@ def micro_tasks(
     for score in result.scores:
         if score.reason:
             _print_reason(out, score)
+
+
+def _files(prefix: Path) -> dict[str, Path]:
+    if prefix.name in ("", ".."):
+        raise ConfigError(f"--out {prefix} is a folder; expected a name: {prefix / 'scores'}")
+    files = {end: prefix.with_name(prefix.name + end) for end in ENDINGS}
+    for path in files.values():
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; expected a file: choose another --out")
+    return files
 
 
 def refuse(
