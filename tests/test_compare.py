@@ -437,6 +437,18 @@ def test_what_is_wrong_is_said_before_anything_runs(arguments, message, monkeypa
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize("option", [[], ["--micro", "1"]])
+def test_a_model_of_images_is_refused_by_name(monkeypatch, option):
+    class ImageProcessor:
+        tokenizer = load()[1].tokenizer
+
+    for place in (video, micro):
+        monkeypatch.setattr(place, "load", lambda _: (load()[0], ImageProcessor()))
+    result = cli.invoke(app, ["compare", "--strategies", "uniform", *option])
+    assert result.exit_code == 2
+    assert "ImageProcessor, which takes no video" in result.stderr
+
+
 def test_a_folder_is_no_file_to_write(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(video, "load", no_model)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tokenfuse.adapters.base import Adapter, Encoded
 from tokenfuse.bench.candidates import UNCOMPRESSED, Candidate, candidates
-from tokenfuse.bench.compare import divergence, generate, why
+from tokenfuse.bench.compare import divergence, generate, refuse_images_only, why
 from tokenfuse.engine import compress_with, prompt_adapter
 from tokenfuse.errors import ConfigError
 from tokenfuse.inference import Say, load
@@ -149,6 +149,7 @@ def benchmark(
     candidates(names, ratios, None, found)
     say("loading the model")
     model, processor = load(source)
+    refuse_images_only(processor, source)
     # Answers follow their prompts; many tokenizers pad as for training.
     processor.tokenizer.padding_side = "left"
     chosen = candidates(names, ratios, prompt_adapter(model, found), found)
