@@ -258,6 +258,15 @@ def test_keep_ratio_is_what_is_left_after_the_last_block(vit):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [{"r": 2}, {"keep_ratio": 0.5}])
+def test_no_images_give_what_the_model_gives(vit, options):
+    none = images_for(vit)[:0]
+    with tokenfuse.attach(vit, "tome", **options) as session:
+        assert vit(none).shape == (0, *vit(images_for(vit)).shape[1:])
+        vit(none)
+    assert session.plan.num_source == 0
+
+
 def test_every_block_returns_a_row_for_every_token(model):
     images, seen = images_for(model), []
     handle = model.blocks[1].register_forward_hook(lambda *call: seen.append(call[-1].shape))

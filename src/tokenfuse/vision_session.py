@@ -95,9 +95,11 @@ class VisionSession(Session):
         if index == 0:
             self.plan = FusionPlan.identity(batch * n, x.device)
             self.tokens = []
-            self._merges = self._acts.merges(len(self.adapter.blocks), n - self.adapter.protected)
+            blocks, patches = len(self.adapter.blocks), n - self.adapter.protected
+            # Without images there is nothing to merge.
+            self._merges = self._acts.merges(blocks, patches) if batch else [0] * blocks
         plan = self._whole_plan(index, batch * n)
-        self.tokens.append(plan.num_kept // batch)
+        self.tokens.append(plan.num_kept // batch if batch else n)
         self._keys = self._merged = self._branch = None
         if plan.is_identity:
             return None
