@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenfuse.kernels.window import unit
 from tokenfuse.strategies import pairs
-from tokenfuse.strategies.pairs import Cosines, unit
+from tokenfuse.strategies.pairs import Cosines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,3 +49,6 @@ def test_what_has_no_direction_in_fp32_is_blank_and_zero():
     assert blank.tolist() == [False, True, True, True, False]
     assert units.tolist() == [pytest.approx([0.6, 0.8]), [0, 0], [0, 0], [0, 0], [1, 0]]
     assert torch.equal(unit(x.bfloat16())[1], blank)
+    batched, batch_blank = unit(x.view(5, 1, 2))
+    assert torch.equal(batched[:, 0], units)
+    assert torch.equal(batch_blank[:, 0], blank)

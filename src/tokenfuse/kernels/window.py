@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 NO_MATCH = -2.0
@@ -70,6 +70,17 @@ def cosine(queries: Float[Tensor, "F n D"], near: Float[Tensor, "R m D"]) -> Flo
     similar = (dots / q_norm[:, :, None] / r_norm[:, None, :]).div_(STEP).round_().mul_(STEP)
     exists = _is_sound(q_norm)[:, :, None] & _is_sound(r_norm)[:, None, :]
     return torch.where(exists, similar, NO_MATCH)
+
+
+def unit(x: Float[Tensor, "*n D"]) -> tuple[Float[Tensor, "*n D"], Bool[Tensor, "*n"]]:
+    """The vectors at length 1, fp32, and which are blank.
+
+    Blank ones are zero, or so small or large that fp32 cannot hold their square; they become zero.
+    """
+    wide = x.to(torch.float32)
+    norm = torch.linalg.vector_norm(wide, dim=-1)
+    sound = _is_sound(norm)
+    return torch.where(sound[..., None], wide / norm[..., None], 0.0), sound.logical_not()
 
 
 def _is_sound(norm: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokenfuse.kernels.window import NO_MATCH, STEP, on_host
+from tokenfuse.kernels.window import NO_MATCH, STEP, on_host, unit
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies.select import CHUNK, true_indices
 
@@ -36,10 +36,8 @@ def nearest_per_row(
 
 def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vectors in fp32, and where there are any: not of zero, nor where squares overflow."""
-    wide = x.to(torch.float32)
-    norm = torch.linalg.vector_norm(wide, dim=-1)
-    sound = (norm > 1e-17) & (norm < 1e18)
-    return torch.where(sound[..., None], wide / norm[..., None], 0.0), sound
+    units, blank = unit(x)
+    return units, blank.logical_not()
 
 
 def greatest_per_row(scores: Float[Tensor, "B n"], count: int) -> Int[Tensor, "B k"]:

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.kernels.window import STEP
+from tokenfuse.kernels.window import STEP, unit
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies.base import Budgeted, Need, Wants
-from tokenfuse.strategies.pairs import in_steps, unit
+from tokenfuse.strategies.pairs import in_steps
 from tokenfuse.strategies.select import true_indices
 from tokenfuse.tokens import Grid, VisualTokens
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.kernels.window import NO_MATCH, STEP, cosine
+from tokenfuse.kernels.window import NO_MATCH, STEP, cosine, unit
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies.base import Budgeted, Need
 from tokenfuse.strategies.select import CHUNK, nearest, true_indices
@@ -160,14 +160,12 @@ def _spanning_links(frames: Tensor, threshold: float) -> tuple[Tensor, Tensor, T
     links above it, or that many merges in order of weight, would.
     """
     n = frames.shape[0] * frames.shape[1]
-    unit = frames.to(torch.float32)
-    norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
-    unit = torch.where((norm > 1e-17) & (norm < 1e18), unit / norm, 0.0)
+    units, _ = unit(frames)
     index = torch.arange(n, device=frames.device)
     weight = torch.full((n,), -inf, device=frames.device)
     one, other, roots = index, index, index
     while True:
-        found, match = _strongest(unit, roots)
+        found, match = _strongest(units, roots)
         # Equal weights are ordered by their ends, for both ends alike: so links form no cycle.
         ends = torch.minimum(index, match) * n + torch.maximum(index, match)
         best = torch.full_like(weight, -inf).scatter_reduce(0, roots, found, "amax")
@@ -189,15 +187,15 @@ def _spanning_links(frames: Tensor, threshold: float) -> tuple[Tensor, Tensor, T
         roots = _ends(torch.where(linked, to, index))[roots]
 
 
-def _strongest(unit: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
+def _strongest(units: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
     """The greatest cosine of each token with any of another component of its frame, and which.
 
-    ``unit (F, n, D)``: tokens of length 1, or 0. Cosines are rounded as elsewhere, and NO_MATCH
+    ``units (F, n, D)``: tokens of length 1, or 0. Cosines are rounded as elsewhere, and NO_MATCH
     with a zero vector; ``-inf`` where there is no other component. The lowest index on ties.
     """
-    count, places, _ = unit.shape
+    count, places, _ = units.shape
     own = roots.view(count, places)
-    sound = unit.any(-1)
+    sound = units.any(-1)
     bias = torch.where(sound, 0.0, NO_MATCH / STEP)
     rows = max(1, min(places, CHUNK // places))
     block = max(1, CHUNK // (rows * places))
@@ -207,12 +205,12 @@ def _strongest(unit: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
         found = []
         for i in range(0, places, rows):
             part = slice(i, i + rows)
-            similar = torch.baddbmm(bias[there, None], unit[there, part] / STEP, unit[there].mT)
+            similar = torch.baddbmm(bias[there, None], units[there, part] / STEP, units[there].mT)
             same = own[there, part, None] == own[there, None]
             found.append(similar.round_().masked_fill_(same, -inf).max(-1))
         best.append(torch.cat([values for values, _ in found], 1))
         match.append(torch.cat([index for _, index in found], 1))
     values = torch.cat(best) * STEP
-    shift = torch.arange(count, device=unit.device)[:, None] * places
+    shift = torch.arange(count, device=units.device)[:, None] * places
     values = torch.where(sound, values, values.clamp_max(NO_MATCH))
     return values.flatten(), (torch.cat(match) + shift).flatten()

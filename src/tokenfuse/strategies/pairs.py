@@ -8,26 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokenfuse.kernels.window import STEP
+from tokenfuse.kernels.window import STEP, unit
 from tokenfuse.strategies.select import CHUNK
 
 ROWS = 512
 """Rows of a block: large enough for a fast product, small enough to waste little."""
-
-
-def unit(x: Float[Tensor, "n D"]) -> tuple[Float[Tensor, "n D"], Bool[Tensor, " n"]]:
-    """The rows at length 1, fp32, and which are blank.
-
-    Blank rows are zero, or so small or large that fp32 cannot hold their square; they become zero.
-    """
-    wide = x.to(torch.float32)
-    norm = torch.linalg.vector_norm(wide, dim=-1)
-    blank = (norm <= 1e-17) | (norm >= 1e18)
-    # What is divided by infinity is zero.
-    return wide / torch.where(blank, torch.inf, norm)[:, None], blank
 
 
 def in_steps(cosines: Tensor) -> Tensor:
