@@ -90,7 +90,7 @@ def test_an_only_neighbour_takes_the_whole_source():
     torch.testing.assert_close(out.features, near([2.5, 90, 170]).features, atol=5e-3, rtol=0)
 
 
-@pytest.mark.parametrize("k", [2, 3, 5, 7, 10])
+@pytest.mark.parametrize("k", [2, 3, 5, 7, 10, 300])
 def test_equal_neighbours_share_equally(k):
     x = torch.zeros(2 * k, 3)
     x[::2, 0] = 1
@@ -121,6 +121,14 @@ def test_sources_without_a_neighbour_stay_to_the_bit_and_so_do_zeros():
     assert out.plan.survivors.tolist() == [0, 1, 2, 3, 4]
     assert torch.equal(out.features[1], tokens.features[1])
     assert torch.equal(out.features[3:], torch.zeros(2, 2))
+
+
+def test_zeros_have_no_share_however_low_the_threshold():
+    x = torch.tensor([[0.0, 0], [1, 0], [2, 0], [0, 0], [0, 3], [1, 1]])
+    plan = MaMe(threshold=-1).plan(row(x))
+    assert plan.survivors.tolist() == [0, 2, 3, 4]
+    ((_, share),) = plan.rounds[0].weights()
+    torch.testing.assert_close(share, torch.tensor([[0, 1.0, 0], [0, 0.5, 0.5]]))
 
 
 @given(st.integers(2, 20), st.data(), SEEDS)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from math import floor, inf, prod
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.kernels.window import cosine
+from tokenfuse.kernels.window import NO_MATCH, STEP, unit
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies.base import Budgeted
-from tokenfuse.strategies.select import CHUNK, first_argmax, nearest, top, true_indices
+from tokenfuse.strategies.bipartite import nearest_per_row
+from tokenfuse.strategies.select import CHUNK, top, true_indices
 from tokenfuse.tokens import Grid, VisualTokens
+
+EXACT = 128
+"""How many cosines, in units of STEP, are summed without rounding in fp32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,18 +44,28 @@ class MergeRound:
 
         Destinations are the even indices; the shares of a token sum to 1.
         """
-        destinations = self.metric[::2]
-        for part in self.gone.split(max(1, CHUNK // 4 // destinations.shape[0])):
-            similar = cosine(self.metric[part][None], destinations[None])[0]
-            linked = similar > self.threshold
-            # At least the mean of all links. Products and sums of multiples of STEP are exact in
-            # fp64, so that equal weights are no less than their mean.
-            wide = torch.where(linked, similar, 0).to(torch.float64)
-            linked &= wide * linked.sum(-1, keepdim=True) >= wide.sum(-1, keepdim=True)
-            weight = torch.where(linked, similar - self.threshold, 0)
+        count = (self.metric.shape[0] + 1) // 2
+        # Zeros are like nothing.
+        keys = torch.nn.functional.pad(self.metric[::2], (0, 0, 0, -count % EXACT))
+        keys, blank = unit(keys)
+        bias = torch.where(blank, NO_MATCH / STEP, 0.0)
+        threshold = self.threshold / STEP
+        least = floor(threshold)
+        for part in self.gone.split(max(1, CHUNK // 16 // keys.shape[0])):
+            queries, lost = unit(self.metric[part])
+            # Whole numbers of STEP; clamping tells which are greater, faster than comparing.
+            similar = torch.addmm(bias, queries / STEP, keys.T).round_()
+            links = (similar - least).clamp_(0, 1).sum(-1)
+            linked = torch.threshold(similar, least, 0).unflatten(-1, (-1, EXACT))
+            total = linked.sum(-1).to(torch.float64).sum(-1)
+            # At least the mean of all links.
+            cut = torch.where(lost | (links == 0), inf, (total / links).ceil()).float()[:, None]
+            weight = (similar - (cut - 1)).clamp_(0, 1).mul_(similar - threshold)[:, :count]
             total = weight.sum(-1, keepdim=True)
-            best = torch.zeros_like(weight).scatter_(1, first_argmax(similar)[:, None], 1)
-            yield part, torch.where(total > 0, weight / total, best)
+            # What has no link goes to its nearest destination.
+            nearest = self.plan.survivors[self.plan.target[part]] // 2
+            alone = torch.where(total > 0, 0.0, 1.0)
+            yield part, weight.scatter_add_(1, nearest[:, None], alone).div_(total + alone)
 
     def apply(self, x: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
         """Wide features ``(n, D')`` and how many tokens each stands for ``(n,)``, after the round.
@@ -60,9 +74,9 @@ class MergeRound:
         """
         total, more = torch.zeros_like(x[::2]), torch.zeros_like(mass[::2])
         for part, share in self.weights():
-            given = share.to(x.dtype) * mass[part, None]
-            total = total + given.T @ x[part]
-            more = more + given.sum(0)
+            given = share.to(x.dtype).T
+            total = torch.addmm(total, given, mass[part, None] * x[part])
+            more = torch.addmv(more, given, mass[part])
         heavier = mass[::2] + more
         # A change, so that what absorbs nothing stays as it is, to the bit.
         change = (total - more[:, None] * x[::2]) / heavier[:, None]
@@ -150,7 +164,7 @@ class MaMe(Budgeted):
         whole = FusionPlan.identity(x.shape[0], x.device)
         rounds: list[MergeRound] = []
         while True:
-            best, match = nearest(x[1::2], x[::2])
+            best, match = _nearest(x)
             gone = top(best, min(x.shape[0] - count, best.shape[0]))
             step = self._round(x, gone, match)
             rounds.append(step)
@@ -163,7 +177,7 @@ class MaMe(Budgeted):
         x = tokens.features.detach()
         if x.shape[0] == 1:
             return FusionPlan.identity(1, x.device)
-        best, match = nearest(x[1::2], x[::2])
+        best, match = _nearest(x)
         linked = best > self.threshold
         # The one host synchronisation: how many are merged.
         gone = true_indices(linked, int(linked.sum()))
@@ -177,3 +191,9 @@ class MaMe(Budgeted):
         roots = index.scatter(0, 2 * gone + 1, 2 * match[gone])
         survivors = true_indices(roots == index, n - gone.shape[0])
         return MergeRound(x, 2 * gone + 1, FusionPlan.from_roots(survivors, roots), self.threshold)
+
+
+def _nearest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The greatest cosine of each source with a destination, and which."""
+    best, match = nearest_per_row(x[None, 1::2], x[None, ::2])
+    return best[0], match[0]
