@@ -195,7 +195,7 @@ def strongest_first(x, count):
     """Tokens joined in order of falling cosine, in plain loops, until ``count`` are left."""
     alike = similar(x, x).tolist()
     pairs = sorted(((alike[a][b], a, b) for a in range(len(x)) for b in range(a)), reverse=True)
-    # The order of equal links is nobody's promise.
+    # Rounding may tell apart links that are equal here.
     assume(len({weight for weight, _, _ in pairs}) == len(pairs))
     groups = [{i} for i in range(len(x))]
     for _, a, b in pairs:
@@ -227,6 +227,12 @@ def test_a_budget_links_within_frames_above_the_threshold_and_then_across(
     assert torch.equal(plan.within.target, natural.target)
     means = natural.fuse(tokens.features)
     assert members(plan.across) == strongest_first(means, count)
+
+
+def test_of_equal_links_that_of_the_lowest_tokens_is_made_first():
+    x = torch.eye(2)[[0, 1, 1, 0]]
+    plan = LLaVAScissor(keep_ratio=3 / 4).plan(VisualTokens.from_grid(x, (1, 1, 4)))
+    assert members(plan.within) == [[0, 3], [1], [2]]
 
 
 def test_cosines_that_differ_by_side_make_no_cycle(monkeypatch):

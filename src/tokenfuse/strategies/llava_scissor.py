@@ -118,7 +118,8 @@ def _representatives(x: Tensor, y: Tensor, component: Tensor) -> tuple[Tensor, T
 def _components(frames: Tensor, threshold: float, count: int | None) -> FusionPlan:
     """Tokens into the components that links above ``threshold`` make, ``frames (F, n, D)``.
 
-    With ``count``, only the strongest links are made, so that no fewer components are left.
+    With ``count``, only the strongest links are made, so that no fewer components are left; those
+    of the lowest tokens on ties.
     """
     n = frames.shape[0] * frames.shape[1]
     if n == count:
@@ -126,7 +127,8 @@ def _components(frames: Tensor, threshold: float, count: int | None) -> FusionPl
     weight, one, other = _spanning_links(frames, threshold)
     if count is not None:
         # Slots without a link are last, and go nowhere.
-        made = torch.argsort(weight, descending=True, stable=True)[: n - count]
+        tied = torch.argsort(torch.minimum(one, other) * n + torch.maximum(one, other))
+        made = tied[torch.argsort(weight[tied], descending=True, stable=True)[: n - count]]
         one, other = one[made], other[made]
     index = torch.arange(n, device=frames.device)
     roots = _join(index, one, other)
