@@ -143,3 +143,10 @@ def test_placeholders_that_do_not_fit_are_refused_before_the_tower_runs():
     ids[0, (ids[0] == model_of().config.video_token_id).nonzero()[0]] = 5
     with pytest.raises(PromptError, match="placeholder"):
         Qwen3VL(model_of()).encode(inputs, Wants(text=True))
+
+
+def test_a_class_token_that_attends_to_itself_alone_leaves_nothing():
+    q, k = torch.zeros(2, 5, 1, 4)
+    q[0], k[0] = 100, 100
+    found = kernel.attention_received(q, k, [5], 1.0, prefix=1)
+    assert found.tolist() == [0, 0, 0, 0]

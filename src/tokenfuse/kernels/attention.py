@@ -3,7 +3,8 @@
 Queries and keys are ``(n, heads, d)``, rotated already, of which each frame is a run of
 ``lengths[i]``. A frame begins with ``prefix`` tokens that are no patches, such as a class token;
 ``group`` consecutive patches become one visual token. Results are fp32, one value per visual token,
-means over heads that sum to 1 over each frame.
+means over heads that sum to 1 over each frame, or to 0 where a class token attends to nothing but
+the prefix.
 """
 
 from __future__ import annotations
@@ -68,4 +69,4 @@ def _frames(
 
 def _shares(total: Tensor, group: int) -> Tensor:
     tokens: Tensor = total.unflatten(0, (-1, group)).sum(-1)
-    return tokens / total.sum()
+    return tokens / total.sum().clamp_min(torch.finfo(total.dtype).tiny)
