@@ -1,6 +1,7 @@
 """Strategies one after the other."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from models import model_of, one_video
 from tokenfuse import FusionPlan, Strategy, VisualTokens, load_strategy
 from tokenfuse.errors import ConfigError, PlanError, TokensError
 from tokenfuse.strategies.compose import Compose
+from tokenfuse.strategies.uniform import Uniform
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -138,3 +140,22 @@ def test_a_chain_compresses_a_model_s_prompt():
     assert short.report.tokens_after <= math.ceil(0.25 * short.report.tokens_before)
     assert short.report.strategy["compose"][1]["strategy"] == "attention"
     assert model.generate(**short, max_new_tokens=3).shape[1] == short["input_ids"].shape[1] + 3
+
+
+class Unregistered(Uniform):
+    """A step that no registry knows."""
+
+    name: ClassVar[str] = "unregistered"
+
+
+def test_a_step_of_the_caller_s_own_stays_when_the_chain_changes():
+    own = Unregistered(keep_ratio=0.5)
+    chain = tokenfuse.strategy("compose", compose=["ttf", own])
+    changed = load_strategy(chain, {"keep_ratio": 0.2})
+    assert changed.compose[1] is own
+    assert changed.compress(tokens_of((4, 5, 3))).plan.num_kept == 12
+
+
+def test_a_chain_without_steps_says_what_is_missing():
+    with pytest.raises(ConfigError, match="compose is missing; expected the strategies, first to"):
+        load_strategy("compose")

@@ -62,8 +62,9 @@ def load_strategy(
             changes.pop(KEY, None)
             if not changes:
                 return source
-            return _validate(type(source), source.model_dump() | changes, where, found)
-        values: dict[str, Any] = source.model_dump()
+            return _validate(type(source), dict(source) | changes, where, found)
+        # Not model_dump, which describes the steps of a chain instead of keeping them.
+        values: dict[str, Any] = dict(source)
     elif isinstance(source, Mapping):
         values = dict(source)
     elif isinstance(source, str | Path):
@@ -206,6 +207,9 @@ def _explain(problem: Any, cls: type[Strategy], where: Mapping[str, str]) -> tup
     if not problem["loc"]:
         return f"{where.get('', '')}{cls.name}: ", message
     key, *inner = map(str, problem["loc"])
+    if problem["type"] == "missing" and not inner:
+        meaning = cls.model_fields[key].description
+        return f"{where.get('', '')}{cls.name}: ", f"{key} is missing; expected {meaning or 'it'}"
     place = where.get(key, "")
     if problem["type"] == "extra_forbidden" and not inner:
         if key in _KEPT | _REMOVED and "keep_ratio" in cls.model_fields:
