@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import tokenfuse
+from tokenfuse import inference
+from tokenfuse.bench.compare import compare
 from tokenfuse.cli import app
+from tokenfuse.errors import ConfigError
 from tokenfuse.micro import SAMPLE
 from tokenfuse.micro.sample import write_clip
 from tokenfuse.micro.tasks import make_clip
@@ -146,3 +150,22 @@ def test_what_is_registered_is_listed(command):
 def test_the_schema_is_printed():
     schema = json.loads(cli.invoke(app, ["schema"]).stdout)
     assert schema["discriminator"] == {"propertyName": "strategy"}
+
+
+def test_a_model_of_images_is_refused_before_it_answers(monkeypatch):
+    class ImageProcessor:
+        """It has no video_processor."""
+
+    monkeypatch.setattr(inference, "load", lambda _: (None, ImageProcessor()))
+    result = cli.invoke(app, ["run"])
+    assert result.exit_code == 2
+    assert "ImageProcessor, which takes no video" in result.stderr
+
+
+@pytest.mark.parametrize("repeats", [0, -1])
+def test_no_timing_has_no_median(repeats):
+    uniform = tokenfuse.strategy("uniform")
+    with pytest.raises(ConfigError, match=f"repeats is {repeats}; expected"):
+        inference.run(SAMPLE, "What?", uniform, repeats=repeats)
+    with pytest.raises(ConfigError, match=f"repeats is {repeats}; expected"):
+        compare(SAMPLE, "What?", ["uniform"], repeats=repeats)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from tokenfuse.errors import UnsupportedModelError
+from tokenfuse.errors import ConfigError, UnsupportedModelError
 from tokenfuse.micro import CHECKPOINT
 from tokenfuse.report import Report
 from tokenfuse.session import attach
@@ -78,9 +78,13 @@ def load(source: str | Path = CHECKPOINT) -> tuple[Any, Any]:
 
 
 def video_inputs(processor: Any, video: Video, question: str) -> Any:
-    """The processor's inputs for one question about one video, ready for ``generate``."""
+    """The processor's inputs for one question about one video, ready for ``generate``.
+
+    Raises UnsupportedModelError where the processor takes no video.
+    """
     from transformers.video_utils import VideoMetadata
 
+    refuse_images_only(processor)
     frames, indices = video.frames, video.processor_indices()
     least = getattr(processor.video_processor, "temporal_patch_size", 1)
     if len(frames) < least:
@@ -99,6 +103,22 @@ def video_inputs(processor: Any, video: Video, question: str) -> Any:
         do_sample_frames=False,
         return_tensors="pt",
     )
+
+
+def refuse_images_only(processor: Any) -> None:
+    """Raise UnsupportedModelError where the processor takes no video."""
+    if getattr(processor, "video_processor", None) is None:
+        raise UnsupportedModelError(
+            f"the processor is a {type(processor).__name__}, which takes no video; expected a "
+            "video-language model such as Qwen/Qwen3-VL-8B-Instruct, or images in Python, with "
+            "attach or compress"
+        )
+
+
+def check_repeats(repeats: int) -> None:
+    """Raise ConfigError for a number of timings that has no median."""
+    if repeats < 1:
+        raise ConfigError(f"repeats is {repeats}; expected a number of timings, 1 or more")
 
 
 def answer(model: Any, processor: Any, inputs: Mapping[str, Any], *, max_new_tokens: int) -> str:
@@ -134,6 +154,7 @@ def run(
 
     ``say`` hears of each step.
     """
+    check_repeats(repeats)
     say("decoding the video")
     video = read_video(path, frames=frames, fps=fps)
     say("loading the model")

@@ -16,8 +16,8 @@ from tokenfuse.adapters.base import MODALITIES
 from tokenfuse.bench.candidates import UNCOMPRESSED, Candidate, candidates
 from tokenfuse.bench.memory import peak_memory
 from tokenfuse.engine import prompt_adapter
-from tokenfuse.errors import TokenFuseError, UnsupportedModelError
-from tokenfuse.inference import Say, first_token_ms, load, video_inputs
+from tokenfuse.errors import TokenFuseError
+from tokenfuse.inference import Say, check_repeats, first_token_ms, load, video_inputs
 from tokenfuse.micro import CHECKPOINT
 from tokenfuse.registry import registry
 from tokenfuse.report import Report, versions
@@ -84,8 +84,10 @@ def compare(
 ) -> Comparison:
     """Ask a model one question about a video, uncompressed and with every strategy and ratio.
 
-    ``names`` as in ``candidates``; all strategies if empty. ``say`` hears of each step.
+    ``names`` as in ``candidates``; all strategies if empty. ``repeats`` timings make a median.
+    ``say`` hears of each step.
     """
+    check_repeats(repeats)
     found = registry()
     # What is wrong is said before the model, which may be large, is loaded.
     candidates(names, ratios, None, found)
@@ -93,7 +95,6 @@ def compare(
     video = read_video(path, frames=frames, fps=fps)
     say("loading the model")
     model, processor = load(source)
-    refuse_images_only(processor, source)
     adapter = prompt_adapter(model, found)
     chosen = candidates(names, ratios, adapter, found)
     inputs = video_inputs(processor, video, question).to(model.device)
@@ -135,15 +136,6 @@ def generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> tupl
         return_dict_in_generate=True,
     )
     return output.sequences[:, inputs["input_ids"].shape[1] :], output.logits[0].float()
-
-
-def refuse_images_only(processor: Any, source: str | Path) -> None:
-    """Raise UnsupportedModelError where the processor takes no video."""
-    if getattr(processor, "video_processor", None) is None:
-        raise UnsupportedModelError(
-            f"{source} has a {type(processor).__name__}, which takes no video; expected a "
-            "video-language model such as Qwen/Qwen3-VL-8B-Instruct"
-        )
 
 
 def why(error: Exception) -> str:

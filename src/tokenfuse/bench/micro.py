@@ -20,10 +20,10 @@ from torch import Tensor
 
 from tokenfuse.adapters.base import Adapter, Encoded
 from tokenfuse.bench.candidates import UNCOMPRESSED, Candidate, candidates
-from tokenfuse.bench.compare import divergence, generate, refuse_images_only, why
+from tokenfuse.bench.compare import divergence, generate, why
 from tokenfuse.engine import compress_with, prompt_adapter
 from tokenfuse.errors import ConfigError
-from tokenfuse.inference import Say, load
+from tokenfuse.inference import Say, load, refuse_images_only
 from tokenfuse.micro import CHECKPOINT
 from tokenfuse.micro.evaluate import clip_inputs, held_out
 from tokenfuse.micro.tasks import TASKS, Clip, Question, Task
@@ -149,7 +149,7 @@ def benchmark(
     candidates(names, ratios, None, found)
     say("loading the model")
     model, processor = load(source)
-    refuse_images_only(processor, source)
+    refuse_images_only(processor)
     # Answers follow their prompts; many tokenizers pad as for training.
     processor.tokenizer.padding_side = "left"
     chosen = candidates(names, ratios, prompt_adapter(model, found), found)
