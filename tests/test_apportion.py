@@ -147,3 +147,19 @@ def test_it_never_reads_a_value():
     weights = torch.empty(5, device="meta")
     assert apportion(weights, 7, 3, 1).shape == (5,)
     assert apportion(weights, 7, torch.empty(5, dtype=torch.long, device="meta")).shape == (5,)
+
+
+@given(st.lists(st.integers(1, 10**4), min_size=1, max_size=8), st.integers(0, 10**5))
+def test_whole_weights_share_by_exact_remainders(weights, total):
+    shares = [Fraction(total * w, sum(weights)) for w in weights]
+    whole = [int(share) for share in shares]
+    order = sorted(range(len(weights)), key=lambda i: whole[i] - shares[i])
+    for i in order[: total - sum(whole)]:
+        whole[i] += 1
+    assert apportion(torch.tensor(weights), total, total).tolist() == whole
+
+
+def test_whole_weights_of_zero_get_what_others_cannot_take():
+    assert apportion(torch.tensor([0, 3]), 4, 4).tolist() == [0, 4]
+    assert apportion(torch.tensor([0, 3]), 6, 4).tolist() == [2, 4]
+    assert apportion(torch.tensor([0, 0]), 3, 4).tolist() == [2, 1]

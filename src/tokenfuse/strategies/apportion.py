@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Num
 from torch import Tensor
 
 LEVELS = 2**24
-"""Weights are rounded to this many parts of the greatest, so that quotas are exact fractions."""
+"""Fractions are rounded to this many parts of the greatest, so that quotas are exact fractions."""
 
 
 def apportion(
-    weights: Float[Tensor, " R"],
+    weights: Num[Tensor, " R"],
     total: int,
     most: int | Int[Tensor, " R"],
     least: int = 0,
@@ -23,8 +23,8 @@ def apportion(
     proportion. The lowest index wins on ties. Where ``total`` does not suffice for ``least``, no
     row gets more than that; where it exceeds what the rows can take, all are full.
 
-    Weights are finite and not negative. Weights that are all zero are all the same; a zero among
-    others gets more than ``least`` when the others are full.
+    Weights are finite and not negative; whole numbers are not rounded. Weights that are all zero
+    are all the same; a zero among others gets more than ``least`` when the others are full.
 
     Never synchronises with the host. Holds (R, R) whole numbers.
     """
@@ -52,6 +52,9 @@ def apportion(
 
 
 def _whole(weights: Tensor) -> Tensor:
+    if not weights.is_floating_point():
+        # What is next to nothing beside a weight of 1 is what a weight of 0 gets.
+        return (torch.where(weights.any(), weights, 1) * LEVELS).clamp_min(1)
     wide = weights.to(torch.float32)
     greatest = wide.amax()
     shares = torch.where(greatest > 0, wide / greatest, 1.0)

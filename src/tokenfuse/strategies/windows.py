@@ -26,11 +26,8 @@ def share_out(total: int, weights: list[int], most: list[int] | int, least: int 
     """``apportion`` for numbers that the host knows."""
     if not weights:
         return []
-    caps = torch.tensor(most, device="cpu").expand(len(weights))
-    # A row that takes nothing makes the greatest weight a power of two: then no weight is rounded,
-    # and equal remainders are equal.
-    rows = torch.tensor([*weights, 1 << max(weights).bit_length()], device="cpu").float()
-    return apportion(rows, total, torch.cat([caps, caps.new_zeros(1)]), least)[:-1].tolist()
+    rows, caps = (torch.tensor(numbers, device="cpu") for numbers in (weights, most))
+    return apportion(rows, total, caps, least).tolist()
 
 
 def runs(frames: int, cuts: set[int]) -> list[range]:
