@@ -118,6 +118,15 @@ class _Turn:
         return torch.cat([self.mask, later], -1), torch.cat([self.positions, after], -1)
 
 
+def refuse_attached(model: Any) -> None:
+    """Raise AttachError if a session holds ``model`` already."""
+    if MARK in vars(model):
+        raise AttachError(
+            f"this {type(model).__name__} is already attached; expected one session per model at a "
+            "time: leave the outer with-block first"
+        )
+
+
 class Session:
     """An attached model. ``report`` is the last prompt's Report, or None before the first."""
 
@@ -134,11 +143,7 @@ class Session:
 
     def __enter__(self) -> Session:
         attributes = vars(self.model)
-        if MARK in attributes:
-            raise AttachError(
-                f"this {type(self.model).__name__} is already attached; expected one session per "
-                "model at a time: leave the outer with-block first"
-            )
+        refuse_attached(self.model)
         self._delta = self.adapter.position_delta()
         self._own = {name: attributes[name] for name in WRAPPED if name in attributes}
         for name, instead in (("generate", self._generate), ("forward", self._forward)):

@@ -14,7 +14,7 @@ from tokenfuse.adapters.vision import VisionAdapter
 from tokenfuse.errors import AttachError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
 from tokenfuse.registry import Registry
-from tokenfuse.session import MARK, Session
+from tokenfuse.session import MARK, Session, refuse_attached
 from tokenfuse.strategies.base import Strategy
 from tokenfuse.strategies.bipartite import weighted_mean
 from tokenfuse.strategies.vision import VisionStrategy
@@ -58,11 +58,7 @@ class VisionSession(Session):
         self._branch: Tensor | None = None
 
     def __enter__(self) -> VisionSession:
-        if MARK in vars(self.model):
-            raise AttachError(
-                f"this {type(self.model).__name__} is already attached; expected one session per "
-                "model at a time: leave the outer with-block first"
-            )
+        refuse_attached(self.model)
         with ExitStack() as hooks:
             for index, block in enumerate(self.adapter.blocks):
                 enter, branch = partial(self._enter_block, index), self.adapter.branch(block)

@@ -18,26 +18,19 @@ def nearest_per_row(
 
     A zero vector matches nothing: similarity NO_MATCH and key 0.
     """
-    query, has_match = _directions(queries)
-    key, exists = _directions(keys)
+    (query, lost), (key, blank) = unit(queries), unit(keys)
     # In units of STEP: rounding makes a tie a tie whatever order the products are summed in.
     query, worst = query / STEP, NO_MATCH / STEP
-    bias = torch.where(exists, 0.0, worst)[:, None, :]
+    bias = torch.where(blank, worst, 0.0)[:, None, :]
     # On a CPU what is compared stays in cache.
     held = CHUNK // 64 if on_host(keys) else CHUNK
     found = []
-    for part in query.split(max(1, held // exists.numel()), dim=1):
+    for part in query.split(max(1, held // blank.numel()), dim=1):
         # max returns the first of equals.
         found.append(torch.baddbmm(bias, part, key.mT).round_().max(-1))
     best, index = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
-    best = torch.where(has_match, best * STEP, NO_MATCH)
-    return best, torch.where(has_match, index, 0)
-
-
-def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors in fp32, and where there are any: not of zero, nor where squares overflow."""
-    units, blank = unit(x)
-    return units, blank.logical_not()
+    best = torch.where(lost, NO_MATCH, best * STEP)
+    return best, torch.where(lost, 0, index)
 
 
 def greatest_per_row(scores: Float[Tensor, "B n"], count: int) -> Int[Tensor, "B k"]:
