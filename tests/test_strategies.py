@@ -1,6 +1,7 @@
 """What every registered strategy holds to, those of installed plugins included."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 import tokenfuse
 from models import frames, model_of, prompt, user
-from tokenfuse import VisualTokens, load_strategy
+from tokenfuse import FusionPlan, VisualTokens, load_strategy
+from tokenfuse.errors import ConfigError
 from tokenfuse.registry import registry
+from tokenfuse.strategies.base import Budgeted
 from tokenfuse.strategies.select import budget
 from tokenfuse.tokens import grid_coords
 
@@ -225,3 +228,18 @@ def test_a_model_s_batch_is_planned_as_each_prompt_alone(name, positions):
     assert both.report.tokens_after < both.report.tokens_before or name == "ttf"
     answer = model.generate(**both, max_new_tokens=2)
     assert answer.shape == (2, length + 2)
+
+
+def test_a_strategy_without_options_of_its_own_asks_for_a_keep_ratio():
+    class Bare(Budgeted):
+        """Nothing but a budget."""
+
+        name: ClassVar[str] = "bare"
+
+        def choose(self, tokens, count):
+            return FusionPlan.from_survivors(torch.arange(count), tokens.num_tokens)
+
+    tokens = tokens_of((2, 2, 2))
+    assert Bare(keep_ratio=0.5).plan(tokens).num_kept == 4
+    with pytest.raises(ConfigError, match="strategy bare has no option but keep_ratio"):
+        Bare().plan(tokens)

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from tokenfuse.errors import ConfigError
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies.select import budget
 from tokenfuse.tokens import Grid, VisualTokens
@@ -127,8 +128,14 @@ class Budgeted(Strategy):
         """The plan with ``count`` survivors, at least one and fewer than there are tokens."""
 
     def choose_freely(self, tokens: VisualTokens) -> FusionPlan:
-        """The plan by the strategy's own options, where how many survive depends on the content."""
-        raise NotImplementedError(f"{type(self).__name__} has neither num_kept nor choose_freely")
+        """The plan by the strategy's own options, where how many survive depends on the content.
+
+        Raises ConfigError where the strategy has no such options: it needs a ``keep_ratio``.
+        """
+        raise ConfigError(
+            f"strategy {self.name} has no option but keep_ratio to say how many tokens stay; "
+            "expected one, such as keep_ratio: 0.5"
+        )
 
     @torch.no_grad()
     def plan(self, tokens: VisualTokens) -> FusionPlan:
