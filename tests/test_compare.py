@@ -362,7 +362,10 @@ def test_out_writes_scores_a_page_and_a_picture(tmp_path):
     scores = Benchmark.model_validate_json((tmp_path / "v1.0.json").read_bytes()).scores
     assert len(scores) == 5
     text = (tmp_path / "v1.0.md").read_text("utf-8")
-    command = f"--micro 1 --strategies uniform,frame_subsample --keep-ratio 0.5,0.25 --out {name}"
+    command = (
+        "--micro 1 --strategies uniform,frame_subsample --keep-ratio 0.5,0.25 --threads 1 "
+        f"--out {name}"
+    )
     assert f"$ tokenfuse compare {command}\n" in text
     assert "(v1.0.png)" in text
     assert "| `uniform` (control) |" in text

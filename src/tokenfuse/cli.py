@@ -166,6 +166,7 @@ def compare(
                 ratios=shares,
                 model=model,
                 prefix=out,
+                threads=threads,
                 picture=picture,
                 as_json=as_json,
             )

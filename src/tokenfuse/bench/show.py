@@ -70,6 +70,7 @@ def micro_tasks(
     model: str | None,
     picture: Path | None,
     prefix: Path | None,
+    threads: int | None,
     as_json: bool,
 ) -> None:
     """Compare on the micro model's tasks; ``prefix`` names a JSON, a Markdown and a PNG file.
@@ -97,6 +98,7 @@ def micro_tasks(
             "--strategies": ",".join(names or ["all"]),
             "--keep-ratio": ",".join(f"{ratio:g}" for ratio in ratios),
             "--model": model,
+            "--threads": str(threads or ""),
             "--out": prefix.as_posix(),
         }
         words = [word for name, value in options.items() if value for word in (name, value)]
