@@ -165,6 +165,9 @@ def test_the_adapter_is_found_for_llava_alone():
 def test_a_class_token_among_the_patches_is_refused():
     with pytest.raises(UnsupportedModelError, match="expected default"):
         tokenfuse.compress(model_of(select="full"), PROMPTS["one"], "attention")
+    # What the call says counts, as it does for the model.
+    asked = PROMPTS["one"] | {"vision_feature_select_strategy": "default"}
+    assert tokenfuse.compress(model_of(select="full"), asked, "attention").report.tokens_after == 8
 
 
 def test_a_video_is_refused():

@@ -42,11 +42,9 @@ class Llava(Adapter):
                 "expected pixel_values"
             )
         config = self.model.config
-        strategy = inputs.get("vision_feature_select_strategy")
-        if TOWERS[config.vision_config.model_type] and "full" in (
-            strategy,
-            config.vision_feature_select_strategy,
-        ):
+        option = "vision_feature_select_strategy"
+        selected = inputs.get(option) or getattr(config, option)
+        if TOWERS[config.vision_config.model_type] and selected == "full":
             raise UnsupportedModelError(
                 "vision_feature_select_strategy is full, so that the class token stands among the "
                 "patches; expected default"
