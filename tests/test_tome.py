@@ -181,12 +181,6 @@ def test_every_count_can_be_met(n, data):
     assert plan.num_kept == kept
 
 
-def test_r_has_no_say_before_an_llm():
-    x = item(randn(16, 4))
-    expected = strategy("tome", keep_ratio=0.25).plan(x)
-    assert torch.equal(strategy("tome", keep_ratio=0.25, r=8).plan(x).target, expected.target)
-
-
 @pytest.mark.parametrize(("keep", "pairs"), [(1.0, 0), (0.5, 8 * 8), (0.25, 64 + 16)])
 def test_flops_count_the_pairs_compared(keep, pairs):
     assert strategy("tome", keep_ratio=keep).matching_flops((1, 4, 4), 10) == pairs * 10
@@ -230,3 +224,9 @@ def test_inflection_needs_one_r(r):
 def test_r_is_a_whole_number_or_a_list_of_them(r):
     with pytest.raises(ConfigError, match="r: "):
         strategy("tome", r=r)
+
+
+def test_a_number_per_block_is_refused_where_there_are_no_blocks():
+    tokens = VisualTokens.from_grid(torch.randn(12, 4), (3, 2, 2))
+    with pytest.raises(ConfigError, match="r: 8 counts tokens per block"):
+        strategy("tome", r=8).plan(tokens)

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from tokenfuse.errors import ConfigError
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies.base import Budgeted
 from tokenfuse.strategies.bipartite import bipartite_soft_matching, most_pairs, weighted_mean
@@ -34,9 +35,9 @@ class ToMe(Budgeted, VisionStrategy):
     blocks merge evenly until ⌈keep_ratio · N⌉ of the ``N`` other tokens are left, or as near as
     halving them in every block gets.
 
-    Before an LLM, ``keep_ratio`` decides and ``r`` has no say: rounds on the features merge half of
-    the tokens each, until the last merges just as many as leave exactly ⌈keep_ratio · N⌉. This use
-    is ours.
+    Before an LLM, ``keep_ratio`` decides, and ``r``, which counts per block, is refused: rounds on
+    the features merge half of the tokens each, until the last merges just as many as leave exactly
+    ⌈keep_ratio · N⌉. This use is ours.
 
     Unlike the published code: register tokens are protected, a zero key merges last instead of
     first, ties go to the lowest index, survivors keep sequence order, and attention in training is
@@ -55,7 +56,7 @@ class ToMe(Budgeted, VisionStrategy):
     r: Merges | list[Merges] | None = Field(
         None,
         description="tokens merged in each block of a vision transformer, or a list with a number "
-        "per block (0 for blocks that it does not reach); no effect before an LLM",
+        "per block (0 for blocks that it does not reach); refused before an LLM",
     )
     inflection: float = Field(
         0.0,
@@ -78,6 +79,11 @@ class ToMe(Budgeted, VisionStrategy):
         return self
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
+        if self.r is not None:
+            raise ConfigError(
+                f"tome: r: {self.r} counts tokens per block of a vision transformer, and there are "
+                "no blocks before an LLM; expected r: null, and keep_ratio for how many stay"
+            )
         x = tokens.features.to(torch.float32)
         plan = FusionPlan.identity(len(x), x.device)
         while plan.num_kept > count:
