@@ -99,7 +99,7 @@ def run(*arguments):
 def test_all_are_those_that_a_keep_ratio_alone_builds(found):
     names = list(comparable(found))
     assert {"ttf", "faulty", *CONTROLS} <= set(names)
-    assert not {"steady", "demanding", "compose"} & set(names)
+    assert not {"steady", "demanding", "compose", "by_modality"} & set(names)
     assert names == sorted(names)
 
 

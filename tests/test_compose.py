@@ -108,7 +108,8 @@ def test_a_file_names_the_chain_by_its_key(tmp_path):
         ([], "at least 1 item"),
         ("ttf", "a list of strategies"),
         ([3], "is of type int"),
-        ([{"strategy": "ttf", "positions": "contiguous"}], "set them on the chain"),
+        ([{"strategy": "ttf", "positions": "contiguous"}], "set them at the top"),
+        ([{"image": "attention"}], "by_modality chooses by modality, which only the top"),
         (
             ["attention", {"strategy": "attention", "block": 0}],
             "attention of different vision blocks",
@@ -125,6 +126,39 @@ def test_a_strategy_of_every_place_refuses_a_rest():
     rest = tokens.after(torch.arange(5), tokens.features[:5])
     with pytest.raises(TokensError, match="do not fill grid"):
         tokenfuse.strategy("ttf").plan(rest)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 1.0])
+def test_a_step_that_compares_frames_leaves_an_image_to_the_next(ratio):
+    image = tokens_of((1, 4, 5))
+    chain = load_strategy({"compose": ["evs", "attention"], "keep_ratio": ratio})
+    alone = tokenfuse.strategy("attention", keep_ratio=ratio).plan(image)
+    assert torch.equal(chain.plan(image).target, alone.target)
+
+
+@pytest.mark.parametrize("last", ["ttf", {"compose": ["dycoke"]}])
+def test_a_chain_that_only_compares_frames_leaves_an_image_as_it_is(last):
+    chain = load_strategy({"compose": [last], "keep_ratio": 0.1})
+    assert chain.plan(tokens_of((1, 4, 5))).is_identity
+    assert chain.plan(tokens_of((2, 2, 5))).num_kept == 2
+
+
+def test_a_wrong_step_is_named_with_its_line(tmp_path):
+    path = tmp_path / "chain.yaml"
+    path.write_text("compose:\n- ttf\n- strategy: attention\n  blok: 3\n")
+    with pytest.raises(ConfigError) as caught:
+        load_strategy(path)
+    start = f'{path}, line 4: compose: step 2: unknown key blok of attention: did you mean "block"?'
+    assert str(caught.value).startswith(start)
+
+
+def test_a_step_acts_before_the_llm():
+    class InDecoder(Uniform):
+        name: ClassVar[str] = "in_decoder"
+        stage: ClassVar[str] = "llm"
+
+    with pytest.raises(ValueError, match="in_decoder acts at stage llm; expected a strategy of"):
+        Compose(compose=(InDecoder(),))
 
 
 def test_a_chain_fuses_by_its_own_plans():

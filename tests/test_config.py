@@ -149,6 +149,19 @@ def test_a_key_that_stands_twice_is_refused(refusal):
     assert message.endswith("mine.yaml, line 4: key window stands twice; remove one")
 
 
+def test_a_key_inside_another_stands_there_once_too(refusal):
+    message = refusal("compose:\n- strategy: ttf\n  window: 3\n  window: 5\n")
+    assert message.endswith("mine.yaml, line 4: key window stands twice; remove one")
+
+
+def test_an_alias_is_no_key_that_stands_twice(write, refusal):
+    path = write("compose:\n- &a {strategy: uniform, keep_ratio: 0.5}\n- *a\n")
+    assert [step.keep_ratio for step in load_strategy(path).compose] == [0.5, 0.5]
+    message = refusal("&a\ncompose: [*a]\n")
+    assert "mine.yaml, line 2: compose: " in message
+    assert message.endswith("is wrong: it leads back to itself; remove the part that does")
+
+
 def test_a_key_that_is_not_text_is_refused(refusal):
     assert "line 2: 7: " in refusal("strategy: ttf\n7: 0.5\n")
     assert "is not valid YAML" in refusal("strategy: ttf\n? [a, b]\n: 0.5\n")
@@ -347,10 +360,19 @@ def test_the_schema_tells_strategies_apart_by_name_and_knows_those_of_plugins():
     for name in names:
         alternative = schema["$defs"][name]
         assert alternative["properties"]["strategy"] == {"const": name}
-        assert ("compose" if name == "compose" else "strategy") in alternative["required"]
+        expected = {"compose": ["compose"], "by_modality": []}.get(name, ["strategy"])
+        assert alternative.get("required", [])[:1] == expected
         assert alternative["additionalProperties"] is False
     assert schema["discriminator"] == {"propertyName": "strategy"}
     assert schema["$defs"]["stranger"]["properties"]["share"]["default"] == 0.5
+
+
+def test_the_schema_wants_a_strategy_for_videos_or_for_images_where_no_name_is_given():
+    alternative = json_schema(BUILT_IN)["$defs"]["by_modality"]
+    assert alternative["anyOf"] == [{"required": ["video"]}, {"required": ["image"]}]
+    for modality in ("video", "image"):
+        kinds = {kind["type"] for kind in alternative["properties"][modality]["anyOf"]}
+        assert kinds == {"string", "object", "null"}
 
 
 def test_options_of_like_named_types_do_not_meet_in_the_schema():

@@ -16,7 +16,7 @@ from tokenfuse.tokens import VisualTokens
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SEEDS = st.integers(0, 2**32 - 1)
-GRIDS = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 4))
+GRIDS = st.tuples(st.integers(2, 5), st.integers(1, 3), st.integers(1, 4))
 
 
 def noise(grid, seed=0, width=8):
@@ -87,6 +87,11 @@ def test_a_zero_vector_is_at_right_angles_to_everything():
     # Changes: the first, 1, 1, almost 0.
     assert plan_of(x, 0.5).survivors.tolist() == [0, 1]
     assert plan_of(x, 0.75).survivors.tolist() == [0, 1, 2]
+
+
+@given(st.integers(1, 1000))
+def test_an_image_stays_as_it_is(thousandths):
+    assert plan_of(noise((1, 2, 3)), thousandths / 1000).is_identity
 
 
 def test_it_never_reads_a_value_and_counts_its_comparisons():

@@ -110,8 +110,8 @@ def test_the_next_token_gets_the_position_of_the_uncompressed_run(case):
     mask, _, keep, positions, side = case
     same = shorten(mask, torch.ones_like(keep), side)
     new = shorten(mask, keep, side)
-    before = next_position_delta(realign_positions(positions, same, "keep"), same)
-    after = next_position_delta(realign_positions(positions, new, "keep"), new)
+    before = next_position_delta(realign_positions(positions, same, "keep"), same.valid)
+    after = next_position_delta(realign_positions(positions, new, "keep"), new.valid)
     length, shorter = mask.bool().sum(-1, keepdim=True), new.valid.sum(-1, keepdim=True)
     assert torch.equal(after + shorter, before + length)
     assert torch.equal(after, before + new.removed[:, None])
@@ -137,7 +137,7 @@ def test_a_batch_gives_what_its_rows_give_alone(case, policy):
     mask, _, keep, positions, side = case
     new = shorten(mask, keep, side)
     short = realign_positions(positions, new, policy)
-    delta = next_position_delta(short, new)
+    delta = next_position_delta(short, new.valid)
     for i in range(len(mask)):
         one = slice(i, i + 1)
         alone = shorten(mask[one], keep[one], side)
@@ -145,7 +145,7 @@ def test_a_batch_gives_what_its_rows_give_alone(case, policy):
         columns = new.valid[i].nonzero().flatten()
         assert alone.valid.all()
         assert torch.equal(short[..., i, columns], single[..., 0, :])
-        assert torch.equal(delta[one], next_position_delta(single, alone))
+        assert torch.equal(delta[one], next_position_delta(single, alone.valid))
 
 
 @settings(max_examples=200, deadline=None)
@@ -158,7 +158,7 @@ def test_contiguous_counts_every_row_without_gaps(case):
     for i, _, columns in each_row(mask, keep, new):
         for row in short.view(-1, *short.shape[-2:])[:, i, columns]:
             assert row.tolist() == list(range(len(columns)))
-    assert (next_position_delta(short, new) == 0).all()
+    assert (next_position_delta(short, new.valid) == 0).all()
 
 
 @settings(max_examples=200, deadline=None)

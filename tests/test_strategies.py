@@ -22,13 +22,17 @@ from tokenfuse.tokens import grid_coords
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # What a strategy needs that cannot be made from its name alone.
-OPTIONS = {"compose": {"compose": ["ttf", "attention"]}}
+OPTIONS = {
+    "by_modality": {"video": {"compose": ["ttf", "attention"]}, "image": "visionzip"},
+    "compose": {"compose": ["ttf", "attention"]},
+}
 NAMES = sorted(
     name for name, entry in registry().strategies.items() if entry.cls.stage == "pre_llm"
 )
 BUDGETED = [name for name in NAMES if "keep_ratio" in registry().strategy(name).model_fields]
 # Chains leave fewer where their first steps do.
 EXACT = [name for name in BUDGETED if name != "compose"]
+TEMPORAL = [name for name in NAMES if registry().strategy(name).temporal]
 
 every = pytest.mark.parametrize("name", NAMES)
 budgeted = pytest.mark.parametrize("name", BUDGETED)
@@ -81,6 +85,11 @@ def tokens_of(grid, kind="video", seed=0, width=16, dtype=torch.float32):
     return VisualTokens.from_grid(features, grid, saliency=saliency, text=text)
 
 
+def kept(name, grid, count):
+    """How many tokens stay where ``count`` are asked for."""
+    return math.prod(grid) if name in TEMPORAL and grid[0] == 1 else count
+
+
 def ratios(grid):
     return [None, 1 / math.prod(grid), 0.1, 0.5, 0.77, 1.0]
 
@@ -97,7 +106,7 @@ def test_a_plan_is_valid_and_what_it_makes_is_finite(name, grid, kind, seed, whi
     plan = out.plan
     plan.check(n)
     if ratio and name in EXACT:
-        assert plan.num_kept == budget(ratio, n) == strategy.num_kept(grid)
+        assert plan.num_kept == kept(name, grid, budget(ratio, n)) == strategy.num_kept(grid)
     if strategy.num_kept(grid) is not None:
         assert plan.num_kept == strategy.num_kept(grid)
     assert out.features.shape == (plan.num_kept, 16)
@@ -122,10 +131,32 @@ def test_every_budget_is_met(name, grid):
     tokens = tokens_of(grid)
     for count in range(1, n + 1):
         strategy = make(name, keep_ratio=count / n)
-        assert strategy.num_kept(grid) == count
+        expected = kept(name, grid, count)
+        assert strategy.num_kept(grid) == expected
         plan = strategy.plan(tokens)
         plan.check(n)
-        assert plan.num_kept == count
+        assert plan.num_kept == expected
+
+
+def test_the_built_in_strategies_that_compare_frames_only():
+    built_in = {
+        name for name in TEMPORAL if registry().strategies[name].distribution == "tokenfuse"
+    }
+    assert built_in == {"dycoke", "evs", "frame_subsample", "ttf"}
+
+
+@pytest.mark.parametrize("name", TEMPORAL)
+@pytest.mark.parametrize("ratio", [None, 0.01, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["video", "identical", "zeros"])
+def test_what_compares_frames_leaves_an_image_as_it_is(name, ratio, kind):
+    strategy = make(name, keep_ratio=ratio) if ratio else make(name)
+    grid = (1, 3, 5)
+    tokens = tokens_of(grid, kind)
+    out = strategy.compress(tokens)
+    assert out.plan.is_identity
+    assert torch.equal(out.features, tokens.features)
+    assert strategy.num_kept(grid) == 15
+    assert strategy.matching_flops(grid, 16) == 0
 
 
 @budgeted
@@ -228,6 +259,22 @@ def test_a_model_s_batch_is_planned_as_each_prompt_alone(name, positions):
     assert both.report.tokens_after < both.report.tokens_before or name == "ttf"
     answer = model.generate(**both, max_new_tokens=2)
     assert answer.shape == (2, length + 2)
+
+
+def test_a_temporal_strategy_without_options_passes_images_and_asks_for_a_keep_ratio_for_videos():
+    class BareTemporal(Budgeted):
+        """Nothing but a budget."""
+
+        name: ClassVar[str] = "bare_temporal"
+        temporal: ClassVar[bool] = True
+
+        def choose(self, tokens, count):
+            return FusionPlan.from_survivors(torch.arange(count), tokens.num_tokens)
+
+    assert BareTemporal().plan(tokens_of((1, 2, 2))).is_identity
+    assert BareTemporal(keep_ratio=0.5).plan(tokens_of((2, 2, 2))).num_kept == 4
+    with pytest.raises(ConfigError, match="has no option but keep_ratio"):
+        BareTemporal().plan(tokens_of((2, 2, 2)))
 
 
 def test_a_strategy_without_options_of_its_own_asks_for_a_keep_ratio():

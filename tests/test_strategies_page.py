@@ -28,6 +28,7 @@ class Odd(Strategy):
 
     name: ClassVar[str] = "odd"
     needs: ClassVar = frozenset({"text", "grid"})
+    temporal: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 1234.56789"
     experimental: ClassVar[bool] = True
 
@@ -72,7 +73,7 @@ def test_everything_about_a_strategy_is_on_the_page():
     for line in (
         "| [`odd`](#odd) (experimental) | `pre_llm` | `grid`, `text` | "
         f"{link} | Keep what is odd, e.g. `a\\|b`. |",
-        f"Stage `pre_llm`; needs `grid`, `text`; {link}; experimental.",
+        f"Stage `pre_llm`; needs `grid`, `text`; leaves images as they are; {link}; experimental.",
         "Keep what is odd, e.g. `a|b`. The rest goes.\n\nSource: nowhere.",
         "| `share` | number, > 0, ≤ 1 or `null` | `null` | share of `a\\|b` |",
         "| `seed` | integer, ≥ 0 | `0` |  |",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from tokenfuse.registry import Registry, registry
 from tokenfuse.strategies.base import Strategy
 
 KEY = "strategy"
-CHAIN = "compose"
-"""The key that needs no strategy beside it, and the strategy that it means."""
+MEANT_BY = {"compose": "compose", "video": "by_modality", "image": "by_modality"}
+"""Keys that need no strategy beside them, and the strategy that each means."""
 
 StrategyLike = str | Path | Mapping[str, Any] | Strategy
-"""A strategy's name, a preset's, a YAML file, a mapping with the key ``strategy``, a Strategy."""
+"""A strategy's name, a preset's, a YAML file, a Strategy, or a mapping with the key ``strategy`` or
+with one of MEANT_BY."""
 
 # Other projects' names for the share of tokens that stays, and for the share that goes.
 _KEPT = {"retention_ratio", "retention_rate", "retain_ratio", "keep_rate"}
@@ -53,9 +54,13 @@ def load_strategy(
     Raises ConfigError (UnknownNameError for a name) that says which key in which file and line is
     wrong, what was expected, and the nearest valid name.
     """
-    found = among or registry()
-    changes = dict(overrides or {})
-    where: dict[str, str] = {}
+    return _load(source, dict(overrides or {}), among or registry(), _Where())
+
+
+def _load(
+    source: StrategyLike, changes: dict[str, Any], found: Registry, where: _Where
+) -> Strategy:
+    """``load_strategy``; ``where``: where ``source`` itself stands."""
     if isinstance(source, Strategy):
         if changes.get(KEY, source.name) == source.name:
             # Its own class, registered or not.
@@ -68,19 +73,18 @@ def load_strategy(
     elif isinstance(source, Mapping):
         values = dict(source)
     elif isinstance(source, str | Path):
-        path = _file(source, found)
+        path = _file(source, found, where)
         if path is None:
             values = {KEY: str(source)}
         else:
-            values, where = _read(path)
+            values, where = _read(path, where)
     else:
         raise ConfigError(
-            f"{source!r} is of type {type(source).__name__}; expected a strategy's name, a "
-            "preset's, a YAML file, a mapping or a Strategy"
+            f"{where.of()}{source!r} is of type {type(source).__name__}; expected a strategy's "
+            "name, a preset's, a YAML file, a mapping or a Strategy"
         )
     # A file is not to blame for what is set over it.
-    where = {key: place for key, place in where.items() if key not in changes}
-    return _build(values | changes, where, found)
+    return _build(values | changes, where.without(changes), found)
 
 
 def presets() -> dict[str, Path]:
@@ -100,8 +104,8 @@ def json_schema(among: Registry | None = None) -> dict[str, Any]:
         schema = entry.cls.model_json_schema(ref_template=f"#/$defs/{name}/$defs/{{model}}")
         schema["description"] = schema.get("description", name).partition("\n\n")[0]
         schema["properties"] = {KEY: {"const": name}, **schema.get("properties", {})}
-        own = schema.get("required", [])
-        schema["required"] = own if name == CHAIN else [KEY, *own]
+        if name not in MEANT_BY.values():
+            schema["required"] = [KEY, *schema.get("required", [])]
         definitions[name] = schema
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -113,7 +117,39 @@ def json_schema(among: Registry | None = None) -> dict[str, Any]:
     }
 
 
-def _file(source: str | Path, among: Registry) -> Path | None:
+@dataclass(frozen=True)
+class _Where:
+    """Where in files the values of a configuration stand, for messages.
+
+    ``lines``: the place of each value, by the keys that lead to it, and of the whole at ``()``.
+    ``other``: what stands for the place of a value that has none. ``part_of``: which part of the
+    configuration this is.
+    """
+
+    lines: Mapping[tuple[str | int, ...], str] = field(default_factory=dict)
+    other: str = ""
+    part_of: str = ""
+
+    def of(self, *keys: str | int) -> str:
+        """The place of a value as the beginning of a message."""
+        return self.lines.get(keys, self.other) + self.part_of
+
+    def without(self, keys: Iterable[str]) -> _Where:
+        """The same where the values of these keys stand elsewhere."""
+        gone = {(key,) for key in keys}
+        kept = {path: line for path, line in self.lines.items() if path[:1] not in gone}
+        return _Where(kept, self.other, self.part_of)
+
+    def part(self, *keys: str | int) -> _Where:
+        """The same for the configuration that stands under ``keys``."""
+        n = len(keys)
+        inside = {path[n:]: line for path, line in self.lines.items() if path[:n] == keys}
+        line = inside.setdefault((), self.lines.get(keys[:1], self.other))
+        names = (f"step {key + 1}: " if isinstance(key, int) else f"{key}: " for key in keys)
+        return _Where(inside, line, self.part_of + "".join(names))
+
+
+def _file(source: str | Path, among: Registry, where: _Where) -> Path | None:
     """The file that ``source`` names, or None where it is a registered name."""
     shipped = presets()
     if isinstance(source, str) and source in among.strategies:
@@ -126,11 +162,11 @@ def _file(source: str | Path, among: Registry) -> Path | None:
     names = {*among.strategies, *shipped}
     if isinstance(source, str) and not path.suffix and path.parent == Path():
         raise UnknownNameError(
-            f'no strategy or preset is called "{source}": {did_you_mean(source, names)}'
+            f'{where.of()}no strategy or preset is called "{source}": {did_you_mean(source, names)}'
         )
     raise ConfigError(
-        f"configuration {path} is not a file; expected a YAML file, or the name of a strategy or "
-        f"preset: {did_you_mean(path.stem, names)}"
+        f"{where.of()}configuration {path} is not a file; expected a YAML file, or the name of a "
+        f"strategy or preset: {did_you_mean(path.stem, names)}"
     )
 
 
@@ -141,56 +177,91 @@ _KINDS = {
 }
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The mapping in a YAML file, and the place of each key for messages; of the whole under ""."""
-    where = {"": f"{path}: "}
+def _read(path: Path, where: _Where) -> tuple[dict[str, Any], _Where]:
+    """The mapping in a YAML file, and where its values stand; ``where``: where it is named."""
+    before = where.of()
     try:
         # Bytes: YAML says itself how they are encoded.
         loader = yaml.SafeLoader(path.read_bytes())
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(
-                f"{path} holds {_KINDS[type(node)]}; expected a mapping such as {KEY}: ttf"
+                f"{before}{path} holds {_KINDS[type(node)]}; expected a mapping such as {KEY}: ttf"
             )
-        for key, _ in node.value:
-            place = f"{path}, line {key.start_mark.line + 1}: "
-            if str(key.value) in where:
-                raise ConfigError(f"{place}key {key.value} stands twice; remove one")
-            where[str(key.value)] = place
+        lines = _lines(node, f"{before}{path}")
         values: dict[str, Any] = loader.construct_document(node)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    return values, where
+        raise ConfigError(f"{before}{path} is not valid YAML: {error}") from None
+    return values, _Where({(): f"{before}{path}: "} | lines, before)
 
 
-def _build(values: dict[str, Any], where: Mapping[str, str], among: Registry) -> Strategy:
-    """The strategy that ``values`` describe; ``where`` holds the place of each key in a file."""
-    if KEY not in values and CHAIN in values:
-        values = {KEY: CHAIN, **values}
+def _lines(node: yaml.Node, file: str) -> dict[tuple[str | int, ...], str]:
+    """The place of each key and list item in a YAML document, by the keys that lead to it.
+
+    Raises ConfigError where a key stands twice.
+    """
+    lines: dict[tuple[str | int, ...], str] = {}
+    seen: set[int] = set()
+
+    def note(node: yaml.Node, *path: str | int) -> None:
+        # What an alias repeats, perhaps without end, stands where it is first.
+        if id(node) in seen:
+            return
+        seen.add(id(node))
+        inside: list[tuple[str | int, yaml.Node, yaml.Node]] = []
+        if isinstance(node, yaml.MappingNode):
+            inside = [(str(key.value), key, value) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            inside = [(i, item, item) for i, item in enumerate(node.value)]
+        for key, start, value in inside:
+            place = f"{file}, line {start.start_mark.line + 1}: "
+            if (*path, key) in lines:
+                raise ConfigError(f"{place}key {key} stands twice; remove one")
+            lines[*path, key] = place
+            note(value, *path, key)
+
+    note(node)
+    return lines
+
+
+def _build(values: dict[str, Any], where: _Where, among: Registry) -> Strategy:
+    """The strategy that ``values`` describe."""
+    if KEY not in values:
+        meant = next((MEANT_BY[key] for key in values if key in MEANT_BY), None)
+        values = {KEY: meant, **values} if meant else values
     if KEY not in values:
         given = f"got the keys {', '.join(map(str, values))}" if values else "got no key"
         name = values.get("name", "ttf")
         raise ConfigError(
-            f"{where.get('', '')}a configuration names its strategy; {given}; expected a line such "
-            f"as {KEY}: {name}"
+            f"{where.of()}a configuration names its strategy; {given}; expected a line such as "
+            f"{KEY}: {name}"
         )
     name = values[KEY]
     if not isinstance(name, str):
-        raise ConfigError(f"{where.get(KEY, '')}{KEY}: {name!r} is not a name; expected text")
+        raise ConfigError(f"{where.of(KEY)}{KEY}: {name!r} is not a name; expected text")
     try:
         cls = among.strategy(name)
     except UnknownNameError as error:
-        raise UnknownNameError(f"{where.get(KEY, '')}{error}") from None
+        raise UnknownNameError(f"{where.of(KEY)}{error}") from None
     return _validate(cls, {key: value for key, value in values.items() if key != KEY}, where, among)
 
 
+class _Located(ValueError):
+    """What is wrong with a part of a configuration; the message says where that is."""
+
+
 def _validate(
-    cls: type[Strategy], options: Mapping[str, Any], where: Mapping[str, str], among: Registry
+    cls: type[Strategy], options: Mapping[str, Any], where: _Where, among: Registry
 ) -> Strategy:
+    def load(part: Any, *keys: str | int) -> Strategy:
+        try:
+            return _load(part, {}, among, where.part(*keys))
+        except ConfigError as error:
+            raise _Located(str(error)) from None
+
     try:
-        # A chain loads its steps by what is registered here.
-        context = {"load": functools.partial(load_strategy, among=among)}
-        return cls.model_validate(options, context=context)
+        # What is made of strategies loads them by what is registered here.
+        return cls.model_validate(options, context={"load": load})
     except ValidationError as error:
         # An option that takes several types has one problem for each.
         problems: dict[str, list[str]] = {}
@@ -200,17 +271,19 @@ def _validate(
         raise ConfigError("; ".join(s + " or ".join(m) for s, m in problems.items())) from None
 
 
-def _explain(problem: Any, cls: type[Strategy], where: Mapping[str, str]) -> tuple[str, str]:
+def _explain(problem: Any, cls: type[Strategy], where: _Where) -> tuple[str, str]:
     """What is wrong, and what was expected instead."""
     given = problem["input"]
     message = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    if isinstance(problem.get("ctx", {}).get("error"), _Located):
+        return message, ""
     if not problem["loc"]:
-        return f"{where.get('', '')}{cls.name}: ", message
+        return f"{where.of()}{cls.name}: ", message
     key, *inner = map(str, problem["loc"])
     if problem["type"] == "missing" and not inner:
         meaning = cls.model_fields[key].description
-        return f"{where.get('', '')}{cls.name}: ", f"{key} is missing; expected {meaning or 'it'}"
-    place = where.get(key, "")
+        return f"{where.of()}{cls.name}: ", f"{key} is missing; expected {meaning or 'it'}"
+    place = where.of(key)
     if problem["type"] == "extra_forbidden" and not inner:
         if key in _KEPT | _REMOVED and "keep_ratio" in cls.model_fields:
             return f"{place}unknown key {key}: ", _as_keep_ratio(key, given)

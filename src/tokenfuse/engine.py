@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenfuse.adapters.base import PER_TOKEN, PIXELS, Adapter, Encoded, Plans
+from tokenfuse.adapters.base import (
+    MODALITIES,
+    PER_TOKEN,
+    PIXELS,
+    Adapter,
+    Encoded,
+    ImageBlocks,
+    Plans,
+)
 from tokenfuse.config import StrategyLike, load_strategy
 from tokenfuse.errors import ConfigError, PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
 from tokenfuse.realign import PaddingSide
 from tokenfuse.registry import Registry, registry
 from tokenfuse.report import ItemReport, Report, kv_cache_bytes, prefill_flops, versions
-from tokenfuse.strategies.base import Strategy
+from tokenfuse.strategies.base import Strategy, Wants
 from tokenfuse.timing import Stopwatch
-from tokenfuse.tokens import Modality
+from tokenfuse.tokens import Modality, VisualTokens
 
 # Reading the metadata of packages takes milliseconds.
 _versions = functools.cache(versions)
 
 
 class CompressedInputs(dict[str, Any]):
-    """Keyword arguments for ``model.generate`` or ``model(...)``, with ``report`` and ``plans``."""
+    """Keyword arguments for ``model.generate`` or ``model(...)``, with ``report`` and ``plans``.
+
+    ``columns``: the column of the caller's prompt that each token of the shorter one comes from,
+    ``(B, L')``.
+    """
 
     report: Report
     plans: dict[Modality, list[FusionPlan]]
+    columns: Tensor
 
 
 def compress(
@@ -37,13 +50,16 @@ def compress(
     strategy: StrategyLike,
     *,
     padding_side: PaddingSide | None = None,
+    image_blocks: ImageBlocks = "images",
     among: Registry | None = None,
 ) -> CompressedInputs:
     """Encode the images and videos of ``inputs``, compress them, and return the shorter inputs.
 
     ``inputs`` are the processor's; ``strategy`` is a name, a preset, a YAML file, a mapping or a
     Strategy. Rows are padded again on the side on which they were padded, left where they were not;
-    ``padding_side`` overrides that. Use the result once: ``model.generate(**short)``. Slice the
+    ``padding_side`` overrides that. Some models are shown a video as images, frame by frame:
+    ``image_blocks="frames"`` makes one video of the images of each prompt, so that frames are
+    compared with each other. Use the result once: ``model.generate(**short)``. Slice the
     answer by ``short["input_ids"]``. A prompt without images or videos comes back as it was, and
     ``report.reason`` says so. The model gets the rope delta that a later turn needs; nothing else
     in it changes. Gradients are recorded only while the model trains.
@@ -52,14 +68,18 @@ def compress(
     """
     if padding_side not in (None, "left", "right"):
         raise ConfigError(f"padding_side is {padding_side!r}; valid: left, right, None (as it is)")
+    check_image_blocks(image_blocks)
     found = among or registry()
-    return compress_with(
-        prompt_adapter(model, found),
-        inputs,
-        load_strategy(strategy, among=found),
-        padding_side,
-        found,
-    )
+    adapter, chosen = prompt_adapter(model, found), load_strategy(strategy, among=found)
+    return compress_with(adapter, inputs, chosen, found, padding_side, image_blocks)
+
+
+def check_image_blocks(image_blocks: str) -> None:
+    """Raise ConfigError unless it says what the images of a prompt are."""
+    if image_blocks not in ("images", "frames"):
+        raise ConfigError(
+            f"image_blocks is {image_blocks!r}; valid: images, frames (of one video per prompt)"
+        )
 
 
 def prompt_adapter(model: Any, found: Registry) -> Adapter:
@@ -77,56 +97,68 @@ def compress_with(
     adapter: Adapter,
     inputs: Mapping[str, Any],
     strategy: Strategy,
-    padding_side: PaddingSide | None,
     found: Registry,
+    padding_side: PaddingSide | None = None,
+    image_blocks: ImageBlocks = "images",
 ) -> CompressedInputs:
     """``compress`` with the adapter and the strategy at hand."""
     refuse_unmet_needs(adapter, strategy)
-    _check_prompt(adapter, inputs)
+    check_prompt(adapter, inputs)
     if not adapter.has_visuals(inputs):
         return _unchanged(adapter, inputs, strategy, found)
     watch = Stopwatch(adapter.model.device)
     with torch.set_grad_enabled(torch.is_grad_enabled() and adapter.model.training):
-        encoded = adapter.encode(inputs, strategy.wants())
+        encoded = adapter.encode(inputs, wants_of(strategy), image_blocks)
         watch.lap()
-        plans = _plan(encoded, strategy, found)
-        fused = {
-            part.modality: adapter.fuse(part, plans[part.modality], strategy) for part in encoded
-        }
+        plans = {part.modality: plan_items(part, strategy, found) for part in encoded}
+        fused = fuse_all(adapter, encoded, plans, strategy)
         watch.lap()
     prompt, new = adapter.realign(inputs, encoded, plans, strategy.positions, padding_side)
     watch.lap()
     read = {name for part in encoded for name in adapter.encoder_inputs(inputs, part.modality)}
     rest = {name: value for name, value in inputs.items() if name not in read}
     short = CompressedInputs({**rest, **prompt, "mm_encoder_outputs": fused})
-    short.plans = plans
+    short.plans, short.columns = plans, new.columns
     after = new.valid.sum(-1)
     before = after + new.removed
-    short.report = _report(
+    short.report = report_on(
         adapter, strategy, encoded, plans, before.tolist(), after.tolist(), watch.read()
     )
     found.observe("tokenfuse_compressed", report=short.report)
     return short
 
 
+def _parts(strategy: Strategy) -> dict[Modality, Strategy]:
+    """The strategy of each modality that has one."""
+    parts = {modality: strategy.for_modality(modality) for modality in MODALITIES}
+    return {modality: part for modality, part in parts.items() if part is not None}
+
+
+def wants_of(strategy: Strategy) -> dict[Modality, Wants]:
+    """What the strategy of each modality asks the adapter for."""
+    return {modality: part.wants() for modality, part in _parts(strategy).items()}
+
+
 def refuse_unmet_needs(adapter: Adapter, strategy: Strategy) -> None:
     """Raise UnsupportedModelError unless the strategy can run before this model's LLM."""
-    if strategy.stage != "pre_llm":
-        raise UnsupportedModelError(
-            f"strategy {strategy.name} acts at stage {strategy.stage}; compress and attach act at "
-            "pre_llm: choose a pre_llm strategy"
-        )
-    wants = strategy.wants()
-    wanted = {"saliency": wants.attention is not None, "text": wants.text}
-    unmet = {need for need, asked in wanted.items() if asked} - adapter.supplies
-    if unmet:
-        raise UnsupportedModelError(
-            f"strategy {strategy.name} needs {', '.join(sorted(unmet))}, which adapter "
-            f"{adapter.name} does not supply: choose a strategy that needs features only"
-        )
+    for part in (strategy, *_parts(strategy).values()):
+        if part.stage != "pre_llm":
+            raise UnsupportedModelError(
+                f"strategy {part.name} acts at stage {part.stage}; compress and attach act at "
+                "pre_llm: choose a pre_llm strategy"
+            )
+    for part in _parts(strategy).values():
+        wants = part.wants()
+        wanted = {"saliency": wants.attention is not None, "text": wants.text}
+        unmet = {need for need, asked in wanted.items() if asked} - adapter.supplies
+        if unmet:
+            raise UnsupportedModelError(
+                f"strategy {part.name} needs {', '.join(sorted(unmet))}, which adapter "
+                f"{adapter.name} does not supply: choose a strategy that needs features only"
+            )
 
 
-def _check_prompt(adapter: Adapter, inputs: Mapping[str, Any]) -> None:
+def check_prompt(adapter: Adapter, inputs: Mapping[str, Any]) -> None:
     """Raise PromptError where the inputs cannot be shortened without changing what they mean."""
     ids = getattr(inputs, "get", lambda _: None)("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
@@ -149,7 +181,7 @@ def _check_prompt(adapter: Adapter, inputs: Mapping[str, Any]) -> None:
         return
     if not adapter.has_visuals(inputs):
         # Placeholders without pixels would be read as if they were words.
-        adapter.kept_columns(ids, [], {})
+        adapter.kept_columns(inputs, [], {})
         return
     for name in ("inputs_embeds", "cu_seq_lens_q", "cu_seq_lens_k"):
         if inputs.get(name) is not None:
@@ -205,18 +237,39 @@ def filled_length(cache: Any) -> int:
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
-def _plan(
-    encoded: list[Encoded], strategy: Strategy, found: Registry
-) -> dict[Modality, list[FusionPlan]]:
-    plans: dict[Modality, list[FusionPlan]] = {}
-    for part in encoded:
-        plans[part.modality] = []
-        for tokens in part.items:
-            plan = strategy.plan(tokens)
+def plan_items(
+    part: Encoded, strategy: Strategy, found: Registry, only: Sequence[int] | None = None
+) -> list[FusionPlan]:
+    """The plans of all items of one modality, or of some."""
+    plans, chosen = [], strategy.for_modality(part.kind)
+    for i in range(len(part.items)) if only is None else only:
+        tokens = part.items[i]
+        if chosen is None:
+            plan = FusionPlan.identity(tokens.num_tokens, tokens.features.device)
+        else:
+            plan = chosen.plan(tokens)
             plan.check(tokens.num_tokens)
-            found.observe("tokenfuse_planned", tokens=tokens, plan=plan, strategy=strategy)
-            plans[part.modality].append(plan)
+        found.observe("tokenfuse_planned", tokens=tokens, plan=plan, strategy=strategy)
+        plans.append(plan)
     return plans
+
+
+def fuse_all(
+    adapter: Adapter,
+    encoded: Sequence[Encoded],
+    plans: Plans,
+    strategy: Strategy,
+    only: Mapping[Modality, Sequence[int]] | None = None,
+) -> dict[Modality, Any]:
+    """The vision tower's outputs after the plans, of all items or of ``only`` some."""
+    fused = {}
+    for part in encoded:
+        chosen = None if only is None else only[part.modality]
+        if chosen is None or chosen:
+            by = strategy.for_modality(part.kind)
+            fuse = FusionPlan.fuse if by is None else by.fuse
+            fused[part.modality] = adapter.fuse(part, plans[part.modality], fuse, chosen)
+    return fused
 
 
 def _unchanged(
@@ -227,34 +280,39 @@ def _unchanged(
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         mask = torch.ones_like(ids)
+    same.columns = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     lengths = mask.sum(-1).tolist()
-    same.report = _report(adapter, strategy, [], {}, lengths, lengths, [0.0, 0.0, 0.0])
+    same.report = report_on(adapter, strategy, [], {}, lengths, lengths, [0.0, 0.0, 0.0])
     found.observe("tokenfuse_compressed", report=same.report)
     return same
 
 
-def _report(
+def report_on(
     adapter: Adapter,
     strategy: Strategy,
-    encoded: list[Encoded],
+    encoded: Sequence[Encoded],
     plans: Plans,
     before: list[int],
     after: list[int],
     laps: list[float],
 ) -> Report:
+    """The report of one compressed prompt, whose steps took ``laps`` milliseconds."""
     config = adapter.model.config.get_text_config()
     element = torch.empty(0, dtype=adapter.model.dtype).element_size()
     items, matching = [], 0
     for part in encoded:
+        chosen = strategy.for_modality(part.kind)
         for tokens, plan in zip(part.items, plans[part.modality], strict=True):
-            matching += strategy.matching_flops(tokens.grid, tokens.features.shape[-1])
+            if chosen is not None:
+                matching += chosen.matching_flops(tokens.grid, tokens.features.shape[-1])
             items.append(
                 ItemReport(
-                    modality=part.modality,
+                    modality=part.kind,
                     grid=tokens.grid,
                     tokens_before=plan.num_source,
                     tokens_after=plan.num_kept,
                     frame_tokens_after=plan.frame_counts(tokens.grid).tolist(),
+                    reason=_why_whole(chosen, part.kind, tokens, plan),
                 )
             )
     return Report(
@@ -276,13 +334,21 @@ def _report(
     )
 
 
+def _why_whole(
+    strategy: Strategy | None, kind: Modality, tokens: VisualTokens, plan: FusionPlan
+) -> str | None:
+    """Why an item stays whole, if it does."""
+    if strategy is None:
+        return f"no strategy is given for {kind}s"
+    if not plan.is_identity:
+        return None
+    if strategy.temporal and tokens.grid[0] == 1:
+        return f"{strategy.name} compares frames, and there is one only"
+    return "the strategy kept every token"
+
+
 def _reason(items: list[ItemReport]) -> str | None:
     if not items:
         return "the prompt has no image or video"
-    if all(item.tokens_after == item.tokens_before for item in items):
-        kinds = {item.modality for item in items}
-        if all(item.grid[0] == 1 for item in items):
-            one = " and ".join(sorted(kinds))
-            return f"the strategy kept every token: one frame only in each {one}"
-        return "the strategy kept every token"
-    return None
+    reasons = list(dict.fromkeys(item.reason for item in items))
+    return "; ".join(str(reason) for reason in reasons) if None not in reasons else None

@@ -89,13 +89,16 @@ def realign_positions(
     return taken
 
 
-def next_position_delta(positions: Int[Tensor, "... B M"], new: Realigned) -> Int[Tensor, "B 1"]:
+def next_position_delta(
+    positions: Int[Tensor, "... B M"], valid: Bool[Tensor, "B M"]
+) -> Int[Tensor, "B 1"]:
     """What turns the count of each row's tokens into the rope position that comes next.
 
-    ``positions`` are those of the shorter prompt, rows as in ``realign_positions``.
+    ``positions`` are those of the shorter prompt, rows as in ``realign_positions``; ``valid`` says
+    what is no padding.
     """
     rope = positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 else positions
-    last = rope.masked_fill(~new.valid, -1).amax(-1)
+    last = rope.masked_fill(~valid, -1).amax(-1)
     if last.ndim == 2:
         last = last.amax(0)
-    return (last + 1 - new.valid.sum(-1))[:, None]
+    return (last + 1 - valid.sum(-1))[:, None]

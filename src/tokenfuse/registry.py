@@ -87,9 +87,10 @@ class Registry:
         """The most derived adapter that matches ``model``. Raises UnsupportedModelError.
 
         Between classes of which neither derives from the other, the first registered wins, and
-        built-ins are registered first.
+        built-ins are registered first; a fallback goes after all others.
         """
         fitting = [entry.cls for entry in self.adapters.values() if _matches(entry, model)]
+        fitting.sort(key=lambda cls: cls.fallback)
         for cls in fitting:
             if not any(other is not cls and issubclass(other, cls) for other in fitting):
                 return cls(model)

@@ -19,7 +19,10 @@ FLOPS_FORMULA = (
 
 
 class ItemReport(BaseModel):
-    """One image or video: its grid ``(T, H, W)`` and its tokens, in all and per frame."""
+    """One image or video: its grid ``(T, H, W)`` and its tokens, in all and per frame.
+
+    ``reason``: why it stays whole, if it does.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -28,6 +31,7 @@ class ItemReport(BaseModel):
     tokens_before: int
     tokens_after: int
     frame_tokens_after: list[int]
+    reason: str | None = None
 
     @property
     def frame_tokens_before(self) -> int:
@@ -108,6 +112,7 @@ class Report(BaseModel):
             lines.append(
                 f"{item.modality} {i}: {item.tokens_before} -> {item.tokens_after}; of "
                 f"{item.frame_tokens_before} per frame: {frames}"
+                + (f" ({item.reason})" if item.reason else "")
             )
         if self.matching_flops > self.prefill_flops_before - self.prefill_flops_after:
             lines.append("slower: matching costs more than the shorter prefill saves")
@@ -137,8 +142,13 @@ def prefill_flops(config: Any, lengths: Sequence[int]) -> int:
 
 
 def kv_cache_bytes(config: Any, lengths: Sequence[int], element_bytes: int) -> int:
-    """Bytes of keys and values that prompts of these lengths leave in the cache."""
-    per_token: int = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_dim(config)
+    """Bytes of keys and values that prompts of these lengths leave in the cache.
+
+    Linear-attention layers keep a state whose size does not depend on the length.
+    """
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = sum("linear" not in kind for kind in kinds)
+    per_token: int = 2 * layers * config.num_key_value_heads * _head_dim(config)
     return per_token * element_bytes * sum(lengths)
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tokenfuse.adapters.base import MODALITIES, PIXELS
+from tokenfuse.adapters.base import ImageBlocks
 from tokenfuse.adapters.vision import VisionAdapter
 from tokenfuse.callers import as_the_caller_means
 from tokenfuse.config import StrategyLike, load_strategy
 from tokenfuse.engine import (
     CompressedInputs,
+    check_image_blocks,
     compress_with,
     filled_length,
     prompt_adapter,
@@ -27,6 +29,7 @@ from tokenfuse.errors import AttachError, PromptError
 from tokenfuse.registry import Registry, registry
 from tokenfuse.report import Report
 from tokenfuse.strategies.base import Strategy
+from tokenfuse.turns import Turn, brings_items, show_more, without_visuals
 
 WRAPPED = ("generate", "forward")
 MARK = "_tokenfuse_session"
@@ -35,11 +38,18 @@ TURN = "_tokenfuse_turn"
 
 
 def attach(
-    model: Any, strategy: StrategyLike, /, *, among: Registry | None = None, **options: Any
+    model: Any,
+    strategy: StrategyLike,
+    /,
+    *,
+    image_blocks: ImageBlocks = "images",
+    among: Registry | None = None,
+    **options: Any,
 ) -> Session:
     """Compress every prompt that ``model`` gets, or merge tokens in it, inside a ``with`` block.
 
-    ``options`` are set over those of ``strategy``: ``attach(model, "ttf", threshold=0.8)``. A
+    ``options`` are set over those of ``strategy``: ``attach(model, "ttf", threshold=0.8)``.
+    ``image_blocks="frames"`` makes one video of the images of each prompt, as for ``compress``. A
     vision transformer gets a VisionSession; what follows is about vision-language models.
 
     ``generate`` returns what it always returns: the caller's own prompt, then the answer. Calling
@@ -57,65 +67,19 @@ def attach(
     adapter = found.adapter(model)
     if isinstance(adapter, VisionAdapter):
         return VisionSession(adapter, chosen, found)
-    return Session(model, chosen, found)
+    return Session(model, chosen, found, image_blocks)
 
 
-@dataclass(frozen=True, eq=False)
-class _Turn:
-    """What a cache holds: the short prompt ``(B, L')`` in place of the caller's ``(B, L)``.
+class Prompt(NamedTuple):
+    """A prompt that a model has read: what ``Session.ask`` goes on from.
 
-    ``seen``: the caller's prompt and all that followed it into the cache.
+    ``input_ids`` and ``attention_mask`` ``(B, L)`` are the caller's own; ``cache`` holds the
+    shorter prompt.
     """
 
-    length: int
-    seen: Tensor
-    short: Tensor
-    mask: Tensor
-    positions: Tensor
-
-    @classmethod
-    def of(cls, prompt: Tensor, short: Mapping[str, Any]) -> _Turn:
-        names = ("input_ids", "attention_mask", "position_ids")
-        return cls(prompt.shape[1], prompt, *(short[name] for name in names))
-
-    @property
-    def removed(self) -> int:
-        return self.length - self.short.shape[1]
-
-    def holds(self, held: int) -> bool:
-        """Whether a cache that stands for ``held`` of the caller's tokens still is this turn's."""
-        return self.length <= held <= self.seen.shape[1]
-
-    def begins(self, ids: Tensor, held: int) -> bool:
-        """Whether ``ids`` begin with those ``held`` tokens, and go on."""
-        fits = self.holds(held) and len(ids) == len(self.seen) and held < ids.shape[1]
-        return fits and torch.equal(ids[:, :held].to(self.seen.device), self.seen[:, :held])
-
-    def repeat(self, times: int) -> _Turn:
-        """The turn of a batch whose rows were repeated, as for several answers to one prompt."""
-        rows = {
-            name: getattr(self, name).repeat_interleave(times, 0)
-            for name in ("seen", "short", "mask")
-        }
-        return replace(self, **rows, positions=self.positions.repeat_interleave(times, -2))
-
-    def extend(self, new: Tensor, given: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
-        """Mask and positions when the ``new`` tokens end the caller's ``total`` tokens.
-
-        ``given`` is the caller's mask for all of these. Positions go on from the prompt's highest,
-        which is that of its last text; padding has 0.
-        """
-        if given is None:
-            given = torch.ones_like(self.mask[:, :1]).expand(-1, total)
-        if given.shape != (len(new), total):
-            raise PromptError(
-                f"attention_mask has shape {tuple(given.shape)}; expected {(len(new), total)}: one "
-                "column per token of the conversation so far, the cached ones included"
-            )
-        later = given[:, self.length :].to(self.mask.dtype)
-        last = self.positions.amax(-1, keepdim=True)
-        after = last + later.cumsum(-1).to(self.positions.dtype)
-        return torch.cat([self.mask, later], -1), torch.cat([self.positions, after], -1)
+    input_ids: Tensor
+    attention_mask: Tensor
+    cache: Any
 
 
 def refuse_attached(model: Any) -> None:
@@ -130,13 +94,21 @@ def refuse_attached(model: Any) -> None:
 class Session:
     """An attached model. ``report`` is the last prompt's Report, or None before the first."""
 
-    def __init__(self, model: Any, strategy: Strategy, found: Registry) -> None:
+    def __init__(
+        self,
+        model: Any,
+        strategy: Strategy,
+        found: Registry,
+        image_blocks: ImageBlocks = "images",
+    ) -> None:
+        check_image_blocks(image_blocks)
         self.model = model
         self.strategy = strategy
         self.adapter = prompt_adapter(model, found)
         refuse_unmet_needs(self.adapter, strategy)
         self.report: Report | None = None
         self._found = found
+        self._image_blocks = image_blocks
         self._own: dict[str, Any] = {}
         self._wrapped: dict[str, Any] = {}
         self._delta: Tensor | None = None
@@ -169,6 +141,64 @@ class Session:
         else:
             vars(self.model).pop(name, None)
 
+    @torch.no_grad()
+    def encode(self, inputs: Mapping[str, Any]) -> Prompt:
+        """Let the model read a prompt once, compressed, so that ``ask`` can go on from it.
+
+        ``inputs`` are the processor's, up to where the questions begin.
+
+        Raises AttachError outside the block, and what ``compress`` raises.
+        """
+        self._require_attached("encode")
+        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        return Prompt(ids, mask, output.past_key_values)
+
+    def ask(
+        self,
+        prompt: Prompt,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """Go on from an encoded prompt with a question, and leave the prompt as it is.
+
+        ``input_ids (k * B, n)``: what follows each prompt, or ``k`` questions about each, padded on
+        the left. ``options`` are those of ``generate``, and so is the result: the prompt, the
+        question, the answer.
+
+        Raises AttachError outside the block, PromptError where rows do not fit.
+        """
+        self._require_attached("ask")
+        times, rest = divmod(len(input_ids), len(prompt.input_ids))
+        if rest or not times:
+            raise PromptError(
+                f"input_ids have {len(input_ids)} row(s), the encoded prompt has "
+                f"{len(prompt.input_ids)}; expected one or several questions for each prompt"
+            )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        cache, turn = copy.deepcopy(prompt.cache), _turn_of(prompt.cache)
+        if times > 1:
+            cache.batch_repeat_interleave(times)
+            _remember(cache, None if turn is None else turn.repeat(times))
+        before = (x.repeat_interleave(times, 0) for x in (prompt.input_ids, prompt.attention_mask))
+        ids, mask = (
+            torch.cat([old, new.to(old)], -1)
+            for old, new in zip(before, (input_ids, attention_mask), strict=True)
+        )
+        return self.model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, **options
+        )
+
+    def _require_attached(self, what: str) -> None:
+        if vars(self.model).get(MARK) is not self:
+            raise AttachError(
+                f"{what} is called outside its with-block, where the model is as it was; expected "
+                f"with tokenfuse.attach(...) as session: session.{what}(...)"
+            )
+
     def _forward(self, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         turn = _turn_of(inputs.get("past_key_values"))
         if turn is not None:
@@ -176,7 +206,7 @@ class Session:
         elif self._bring_a_prompt(inputs):
             short = self._compress(inputs)
             if short.plans:
-                turn = _Turn.of(inputs["input_ids"], short)
+                turn = Turn.of(inputs["input_ids"], short)
             inputs = short
         output = original(**inputs)
         values = output if isinstance(output, tuple) else output.values()
@@ -198,17 +228,30 @@ class Session:
             inputs["input_ids"] = inputs.pop("inputs")
         cache = inputs.get("past_key_values")
         turn = _turn_of(cache)
-        if turn is not None:
+        held = filled_length(cache) + (turn.removed if turn else 0)
+        prompt = inputs.get("input_ids")
+        if turn is not None and (prompt is None or not turn.begins(prompt, held)):
+            raise PromptError(
+                f"input_ids do not begin with the {held} tokens that past_key_values stand for; "
+                "expected the earlier ids, the answer, then the new turn, padded alike"
+            )
+        short: dict[str, Any]
+        if held and prompt is not None and self._shows_more(inputs, held):
+            turn = turn or Turn.of_text(self.adapter, inputs, held)
+            short, turn = show_more(
+                self.adapter, inputs, turn, held, self.strategy, self._found, self._image_blocks
+            )
+            self.report = short.report
+        elif turn is not None:
             short = self._continue(inputs, turn)
-            prompt = inputs["input_ids"]
         elif self._bring_a_prompt(inputs):
-            compressed = self._compress(inputs)
+            short = compressed = self._compress(inputs)
             if not compressed.plans:
                 return original(**inputs)
-            prompt, short = inputs["input_ids"], compressed
-            turn = _Turn.of(prompt, short)
+            turn = Turn.of(inputs["input_ids"], compressed)
         else:
             return original(**inputs)
+        prompt = inputs["input_ids"]
         arguments = as_the_caller_means(
             short, prompt, short["input_ids"], self.model.generation_config
         )
@@ -232,29 +275,29 @@ class Session:
         brought = (inputs.get("input_ids") is not None) or bool(inputs.get("mm_encoder_outputs"))
         return brought and not filled_length(inputs.get("past_key_values"))
 
+    def _shows_more(self, inputs: Mapping[str, Any], held: int) -> bool:
+        """Whether images or videos come after the ``held`` tokens that a cache stands for."""
+        return self.adapter.has_visuals(inputs) and brings_items(self.adapter, inputs, held)
+
     def _compress(self, inputs: Mapping[str, Any]) -> CompressedInputs:
-        short = compress_with(self.adapter, inputs, self.strategy, None, self._found)
+        short = compress_with(
+            self.adapter, inputs, self.strategy, self._found, image_blocks=self._image_blocks
+        )
         self.report = short.report
         return short
 
-    def _continue(self, inputs: Mapping[str, Any], turn: _Turn) -> dict[str, Any]:
+    def _continue(self, inputs: Mapping[str, Any], turn: Turn) -> dict[str, Any]:
         """Arguments of ``generate`` for a later turn: the short prompt, then what came after it."""
-        ids = inputs.get("input_ids")
-        held = turn.removed + filled_length(inputs["past_key_values"])
-        if ids is None or not turn.begins(ids, held):
-            raise PromptError(
-                f"input_ids do not begin with the {held} tokens that past_key_values stand for; "
-                "expected the earlier ids, the answer, then the new turn, padded alike"
-            )
+        ids = inputs["input_ids"]
         new = ids[:, turn.length :]
         mask, positions = turn.extend(new, inputs.get("attention_mask"), ids.shape[1])
-        return self._without_visuals(inputs, new) | {
+        return without_visuals(self.adapter, inputs, new) | {
             "input_ids": torch.cat([turn.short, new], -1),
             "attention_mask": mask,
             "position_ids": positions,
         }
 
-    def _step(self, inputs: Mapping[str, Any], turn: _Turn) -> tuple[dict[str, Any], _Turn]:
+    def _step(self, inputs: Mapping[str, Any], turn: Turn) -> tuple[dict[str, Any], Turn]:
         """Arguments of ``forward`` for new tokens after a compressed prompt in the cache."""
         ids, past = inputs.get("input_ids"), filled_length(inputs["past_key_values"])
         held = turn.removed + past
@@ -267,28 +310,7 @@ class Session:
         mask, positions = turn.extend(ids, inputs.get("attention_mask"), total)
         step = {"attention_mask": mask, "position_ids": positions[..., past:]}
         seen = torch.cat([turn.seen[:, :held], ids], -1)
-        return self._without_visuals(inputs, ids) | step, replace(turn, seen=seen)
-
-    def _without_visuals(self, inputs: Mapping[str, Any], new: Tensor) -> dict[str, Any]:
-        """The inputs of a later turn, without the pixels that the cache holds already."""
-        for modality in MODALITIES:
-            token = self.adapter.placeholder_id(modality)
-            if token is not None and bool((new == token).any()):
-                raise PromptError(
-                    f"a later turn brings a new {modality}; expected text only on a compressed "
-                    "cache: start with a new cache and the whole conversation"
-                )
-        for name in ("position_ids", "inputs_embeds", "mm_encoder_outputs"):
-            if inputs.get(name) is not None:
-                raise PromptError(
-                    f"a later turn on a compressed cache brings {name}, which counts by the "
-                    "uncompressed prompt; expected none: leave it out"
-                )
-        seen = {"token_type_ids", "mm_token_type_ids"}
-        for modality in MODALITIES:
-            if inputs.get(PIXELS[modality]) is not None:
-                seen |= set(self.adapter.encoder_inputs(inputs, modality))
-        return {name: value for name, value in inputs.items() if name not in seen}
+        return without_visuals(self.adapter, inputs, ids) | step, replace(turn, seen=seen)
 
 
 def _wrap(original: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
@@ -305,14 +327,14 @@ def _wrap(original: Callable[..., Any], instead: Callable[..., Any]) -> Callable
     return wrapped
 
 
-def _remember(cache: Any, turn: _Turn | None) -> None:
+def _remember(cache: Any, turn: Turn | None) -> None:
     if turn is not None:
         setattr(cache, TURN, turn)
 
 
-def _turn_of(cache: Any) -> _Turn | None:
+def _turn_of(cache: Any) -> Turn | None:
     """What a session put into ``cache``, or None where it holds nothing of a session's."""
     if hasattr(cache, TURN) and not filled_length(cache):
         delattr(cache, TURN)
-    turn: _Turn | None = getattr(cache, TURN, None)
+    turn: Turn | None = getattr(cache, TURN, None)
     return turn

@@ -13,4 +13,6 @@ from tokenfuse.hookspecs import hookimpl
 def tokenfuse_register_adapters(register: Callable[[type[ModelAdapter]], None]) -> None:
     """Register every adapter of this folder."""
     for cls in subclasses_in(__name__, ModelAdapter):
-        register(cls)
+        # Bases of several adapters have no name.
+        if hasattr(cls, "name"):
+            register(cls)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokenfuse.adapters.base import PIXELS, Adapter
+from tokenfuse.adapters.base import Adapter
+from tokenfuse.adapters.layout import Span
 from tokenfuse.adapters.supply import QueriesKeys, listen
-from tokenfuse.errors import PromptError, UnsupportedModelError
 from tokenfuse.strategies.base import Attention, Need
-from tokenfuse.tokens import Grid, Modality
+from tokenfuse.tokens import Modality
 
 TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 """Vision towers, and how many tokens precede their patches."""
@@ -26,31 +26,22 @@ class Llava(Adapter):
 
     name: ClassVar[str] = "llava"
     supplies: ClassVar[frozenset[Need]] = frozenset({"saliency", "text"})
+    family: ClassVar[tuple[str, ...]] = ("llava", "vipllava")
 
     @classmethod
     def matches(cls, model: Any) -> bool:
-        config: Any = getattr(model, "config", None)
-        if getattr(config, "model_type", None) != "llava":
-            return False
-        base = getattr(model, "model", None)
-        return config.vision_config.model_type in TOWERS and hasattr(base, "vision_tower")
+        return super().matches(model) and model.config.vision_config.model_type in TOWERS
 
-    def grids(self, inputs: Mapping[str, Any], modality: Modality) -> list[Grid]:
-        if modality == "video":
-            raise PromptError(
-                f"{PIXELS[modality]} are given, and {type(self.model).__name__} reads images only; "
-                "expected pixel_values"
-            )
-        config = self.model.config
-        option = "vision_feature_select_strategy"
-        selected = inputs.get(option) or getattr(config, option)
+    def spans(
+        self, inputs: Mapping[str, Any], modality: Modality, entries: Sequence[Tensor]
+    ) -> list[Span]:
+        config, option = self.model.config, "vision_feature_select_strategy"
+        selected = inputs.get(option) or getattr(config, option, "default")
         if TOWERS[config.vision_config.model_type] and selected == "full":
-            raise UnsupportedModelError(
-                "vision_feature_select_strategy is full, so that the class token stands among the "
-                "patches; expected default"
-            )
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        return [(1, side, side)] * len(inputs[PIXELS[modality]])
+            # The class token stands before the patches, and is none.
+            side = config.vision_config.image_size // config.vision_config.patch_size
+            return [Span((1, side, side), head=1)] * len(entries)
+        return super().spans(inputs, modality, entries)
 
     def listen(self, attention: Attention | None) -> AbstractContextManager[list[Tensor]]:
         layers = self.model.model.vision_tower.encoder.layers

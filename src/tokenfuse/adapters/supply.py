@@ -76,8 +76,8 @@ def prompt_texts(
     """The embeddings ``(n, D)`` of the text of each item's prompt, by modality, in prompt order.
 
     ``ids (B, L)``; ``text (B, L)`` marks what may be text; ``placeholders`` marks each modality's
-    visual tokens, ``sizes`` says how many each item has. What stands between the first and the last
-    visual token of an item, such as the timestamps of its frames, is no text.
+    features, ``sizes`` says how many each item has. What stands between the first and the last
+    feature of an item, such as the timestamps of its frames, is no text.
 
     Raises PromptError where placeholders and items do not agree. Two host synchronisations per
     modality.

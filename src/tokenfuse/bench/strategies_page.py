@@ -29,8 +29,9 @@ Every strategy that tokenfuse brings. Options are keys of a [configuration](../h
 A stage says where in the model tokens go: `pre_llm`, between the vision tower and the LLM, or
 `vision`, inside the vision tower. Needs are what a strategy must have beside features: `grid`,
 every place of the grid, so that it must come first in a chain; `saliency`, a score per token;
-`text`, the prompt's embeddings. Experimental strategies are reconstructions that nothing could be
-compared with.
+`text`, the prompt's embeddings. A strategy that only compares frames leaves images as they are,
+whatever its options say. Experimental strategies are reconstructions that nothing could be compared
+with.
 
 All have the option `positions`: `keep`, the default, or `contiguous`, which renumbers tokens
 without gaps, for comparison; see [Positions](../explanation/positions.md).
@@ -78,6 +79,8 @@ def _section(cls: type[Strategy], files: Iterable[str]) -> str:
     facts = ["Stage " + ", ".join(f"`{stage}`" for stage in stages(cls))]
     if cls.needs:
         facts.append("needs " + ", ".join(f"`{need}`" for need in sorted(cls.needs)))
+    if cls.temporal:
+        facts.append("leaves images as they are")
     facts += [text for text in (_paper(cls), "experimental" if cls.experimental else "") if text]
     shipped = ", ".join(f"`{name}`" for name in sorted(files))
     lines = [f"## {cls.name}", "; ".join(facts) + ".", _prose(cls)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenfuse.errors import ConfigError
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies.select import budget
-from tokenfuse.tokens import Grid, VisualTokens
+from tokenfuse.tokens import Grid, Modality, VisualTokens
 
 Stage = Literal["vision", "pre_llm", "llm"]
 Need = Literal["grid", "saliency", "text"]
@@ -66,6 +66,8 @@ class Strategy(BaseModel, ABC):
     stage: ClassVar[Stage] = "pre_llm"
     needs: ClassVar[frozenset[Need]] = frozenset()
     """What it must have beside features: every place of the ``grid``, ``saliency``, ``text``."""
+    temporal: ClassVar[bool] = False
+    """Whether it compares frames, so that it leaves an item of one frame as it is."""
     paper: ClassVar[str] = ""
     """Where the method was published."""
     experimental: ClassVar[bool] = False
@@ -96,6 +98,10 @@ class Strategy(BaseModel, ABC):
         """What the adapter has to compute for this configuration."""
         return Wants(Attention() if "saliency" in self.needs else None, "text" in self.needs)
 
+    def for_modality(self, modality: Modality) -> Strategy | None:
+        """The strategy for images or for videos; None where they are left as they are."""
+        return self
+
     def num_kept(self, grid: Grid) -> int | None:
         """Survivors of an item of this grid, or None where the count depends on the content."""
         return None
@@ -114,6 +120,8 @@ class Budgeted(Strategy):
 
     A subclass writes ``choose`` instead of ``plan``. It overrides ``num_kept`` where its own
     options fix the count, and writes ``choose_freely`` where they do not.
+
+    A ``temporal`` one keeps all of an item of one frame, whatever its options say.
     """
 
     keep_ratio: float | None = Field(
@@ -140,6 +148,8 @@ class Budgeted(Strategy):
     @torch.no_grad()
     def plan(self, tokens: VisualTokens) -> FusionPlan:
         n = tokens.num_tokens
+        if self._passes(tokens.grid):
+            return FusionPlan.identity(n, tokens.features.device)
         # In a chain there are fewer tokens than places.
         count = budget(self.keep_ratio, n) if self.keep_ratio else self.num_kept(tokens.grid)
         if count is None:
@@ -149,4 +159,10 @@ class Budgeted(Strategy):
         return self.choose(tokens, count)
 
     def num_kept(self, grid: Grid) -> int | None:
+        if self._passes(grid):
+            return prod(grid)
         return budget(self.keep_ratio, prod(grid)) if self.keep_ratio else None
+
+    def _passes(self, grid: Grid) -> bool:
+        """Whether an item of this grid has nothing to compare."""
+        return self.temporal and grid[0] == 1

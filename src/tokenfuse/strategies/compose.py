@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -21,11 +20,9 @@ from torch import Tensor
 from tokenfuse.errors import PlanError
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies.base import Strategy, Wants
+from tokenfuse.strategies.parts import PART, check_part, load_part
 from tokenfuse.strategies.select import budget
 from tokenfuse.tokens import Grid, VisualTokens
-
-_loading = ContextVar("tokenfuse_compose_loading", default=False)
-_STEP = {"anyOf": [{"type": "string"}, {"type": "object"}]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +41,7 @@ class Compose(Strategy):
 
     ``keep_ratio`` is the share of all tokens that the last step leaves. Where the earlier steps
     leave fewer, there is nothing more to remove, so that the count may be below the one asked for.
+    A step that compares frames leaves an image to the next one as it is.
 
     Synchronises with the host as often as its steps do.
     """
@@ -51,7 +49,8 @@ class Compose(Strategy):
     name: ClassVar[str] = "compose"
 
     compose: Annotated[
-        tuple[Strategy, ...], WithJsonSchema({"type": "array", "items": _STEP, "minItems": 1})
+        tuple[Strategy, ...],
+        WithJsonSchema({"type": "array", "items": {"anyOf": PART}, "minItems": 1}),
     ] = Field(min_length=1, description="the strategies, first to last")
     keep_ratio: float | None = Field(
         None, gt=0, le=1, description="share of tokens that the last step leaves, at most"
@@ -62,25 +61,13 @@ class Compose(Strategy):
     def _load(cls, steps: Any, info: ValidationInfo) -> Any:
         if isinstance(steps, str) or not isinstance(steps, Sequence):
             raise ValueError("it should be a list of strategies, such as [ttf, attention]")
-        load = (info.context or {}).get("load", lambda step: step)
-        outermost = not _loading.get()
-        token = _loading.set(True)
-        try:
-            return tuple(load(step) for step in steps)
-        except RecursionError:
-            # Every chain on the way here is out of room to explain it, except the first.
-            if not outermost:
-                raise
-            raise ValueError("the chain leads back to itself; remove that step") from None
-        finally:
-            _loading.reset(token)
+        return tuple(load_part(step, info, i) for i, step in enumerate(steps))
 
     @field_validator("compose")
     @classmethod
     def _chainable(cls, steps: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
         for step in steps:
-            if step.positions != "keep":
-                raise ValueError(f"{step.name} sets positions; set them on the chain instead")
+            check_part(step)
         for step in steps[1:]:
             if "grid" in _first(step).needs:
                 raise ValueError(

@@ -41,13 +41,15 @@ class DyCoke(Budgeted):
     enough for one token of each frame between, those still keep one, and the first frames share
     the rest evenly, as evenly spaced tokens. A budget below one token per frame keeps one of each
     first frame, and one of the frames between that hold the least similar; a budget below one per
-    window keeps one of evenly spaced first frames.
+    window keeps one of evenly spaced first frames. An item of one frame, such as an image, stays as
+    it is.
 
     Never synchronises with the host.
     """
 
     name: ClassVar[str] = "dycoke"
     needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
+    temporal: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2411.15024"
 
     frame_keep_ratio: float = Field(

@@ -29,13 +29,14 @@ class EVS(Budgeted):
     ``keep_ratio`` is one minus the published pruning rate. The published code keeps at least one
     whole frame, and the whole part of its budget; here exactly ⌈keep_ratio · N⌉ tokens stay. A
     budget below one frame therefore keeps the first tokens of the first frame, and no other: give
-    short videos a ratio above 1 / T. An image is cut off likewise.
+    short videos a ratio above 1 / T. An item of one frame, such as an image, stays as it is.
 
     Never synchronises with the host.
     """
 
     name: ClassVar[str] = "evs"
     needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
+    temporal: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2510.14624"
 
     keep_ratio: float = Field(0.25, gt=0, le=1, description="share of tokens to keep, exactly")

@@ -18,11 +18,13 @@ class FrameSubsample(Budgeted):
 
     A control: what sampling the video more sparsely would do, with the kept frames' timestamps.
     Where the budget is no whole number of frames, the last of the evenly spaced frames keeps only
-    evenly spaced tokens. Never synchronises with the host.
+    evenly spaced tokens. An item of one frame, such as an image, stays as it is. Never synchronises
+    with the host.
     """
 
     name: ClassVar[str] = "frame_subsample"
     needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
+    temporal: ClassVar[bool] = True
 
     keep_ratio: float = Field(0.5, gt=0, le=1, description="share of tokens to keep, exactly")
 

@@ -31,7 +31,7 @@ class TTF(Budgeted):
     Each token of a non-anchor frame is compared with the ``window × window`` neighbourhood of its
     place in the anchor frame. Where the greatest cosine exceeds ``threshold``, the token leaves and
     belongs to its best match. A zero vector matches nothing. ``threshold >= 1`` keeps everything.
-    An image is its own anchor, whatever ``anchor`` says.
+    An item of one frame, such as an image, stays as it is, whatever the options say.
 
     ``segments="auto"``: a frame of which less than ``reanchor`` matched is lost. Each run of
     consecutive lost frames gets an anchor of its own, its medoid, or its first frame with
@@ -55,6 +55,7 @@ class TTF(Budgeted):
 
     name: ClassVar[str] = "ttf"
     needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
+    temporal: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2605.07355"
 
     threshold: float = Field(0.7, ge=-1, description="cosine above which a token is fused")
@@ -101,7 +102,7 @@ class TTF(Budgeted):
         return plan.fuse(x, self.reduce)
 
     def num_kept(self, grid: Grid) -> int | None:
-        if self.keep_ratio is None and (self.threshold >= 1 or grid[0] == 1):
+        if self.keep_ratio is None and self.threshold >= 1:
             return prod(grid)
         return super().num_kept(grid)
 
@@ -181,7 +182,7 @@ class _Matches:
     def _first_anchor(self) -> Tensor:
         """The anchor of all frames to begin with, ``(1,)``."""
         anchor, frames = self.config.anchor, self.index.shape[0]
-        if anchor == "first" or self.chained or frames == 1:
+        if anchor == "first" or self.chained:
             return self.index[:1]
         if anchor == "auto":
             return first_argmax(self._closeness.sum(-1))[None]

@@ -1,0 +1,26 @@
+"""Models without an adapter of their own."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from tokenfuse.adapters.base import MODALITIES, Adapter, takes_features
+
+
+class Generic(Adapter):
+    """Any other transformers VLM: one visual token per square of patches, newlines aside.
+
+    It knows what the model's config, signatures and inputs say, and refuses what they do not: where
+    learned queries read the image, or the tower returns something else than pooled features.
+    """
+
+    name: ClassVar[str] = "generic"
+    fallback: ClassVar[bool] = True
+
+    @classmethod
+    def matches(cls, model: Any) -> bool:
+        if not takes_features(model) or getattr(model.config, "vision_config", None) is None:
+            return False
+        # An encoder-decoder's visual tokens go into its encoder.
+        decoder = not getattr(model.config, "is_encoder_decoder", False)
+        return decoder and any(hasattr(model.base_model, f"get_{m}_features") for m in MODALITIES)

@@ -1,0 +1,40 @@
+"""GLM-4.1V, GLM-4.5V and GLM-4.6V."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tokenfuse.adapters.packed import Packed
+from tokenfuse.errors import PromptError
+from tokenfuse.tokens import Modality
+
+TYPES: dict[Modality, int] = {"image": 1, "video": 2}
+"""Values of mm_token_type_ids."""
+
+
+class GLM4V(Packed):
+    """GLM-4V: the frames of a video are written as images, each after its timestamp.
+
+    One placeholder stands for both, and ``mm_token_type_ids`` tells them apart. The model itself
+    takes images or videos in one call, not both.
+    """
+
+    name: ClassVar[str] = "glm4v"
+    family: ClassVar[tuple[str, ...]] = ("glm4v", "glm4v_moe", "glm46v")
+
+    def placeholder_id(self, modality: Modality) -> int | None:
+        return super().placeholder_id("image")
+
+    def placeholders(self, inputs: Mapping[str, Any], modality: Modality) -> Tensor:
+        here, types = super().placeholders(inputs, modality), inputs.get("mm_token_type_ids")
+        if types is None:
+            if self.has_visuals(inputs):
+                raise PromptError(
+                    "mm_token_type_ids is missing, which tells a video's placeholders from an "
+                    "image's; expected (B, L): pass all that the processor returns"
+                )
+            return here
+        return here & (types == TYPES[modality])

@@ -1,0 +1,6 @@
+"""Conformance kits: pytest classes that prove an adapter or a strategy. Needs tokenfuse[test]."""
+
+from tokenfuse.testing.adapters import AdapterConformance, Part
+from tokenfuse.testing.oracle import DeletedRun, MaskedRun
+
+__all__ = ["AdapterConformance", "DeletedRun", "MaskedRun", "Part"]

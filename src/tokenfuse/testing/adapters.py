@@ -1,0 +1,660 @@
+"""The conformance kit for adapters: what it takes to hand a model a shorter prompt."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+import tokenfuse
+from tokenfuse.adapters.base import MODALITIES, PER_TOKEN, PIXELS, Adapter, ImageBlocks
+from tokenfuse.engine import CompressedInputs, prompt_adapter
+from tokenfuse.errors import AttachError, PromptError
+from tokenfuse.plan import FusionPlan
+from tokenfuse.registry import registry
+from tokenfuse.strategies.base import Strategy
+from tokenfuse.testing.oracle import DeletedRun, MaskedRun
+from tokenfuse.tokens import Modality, VisualTokens
+
+Part = tuple[Literal["text", "image", "video"], int]
+"""A part of a prompt, and a seed: equal seeds mean equal content, wherever the part stands."""
+
+
+class Drop(Strategy):
+    """Drops tokens at random, and the whole of every second frame if ``frames`` says so.
+
+    The draw depends on the grid alone, so that an item loses the same tokens in a batch and alone.
+    """
+
+    name: ClassVar[str] = "conformance_drop"
+    reduction: float = 0.5
+    frames: bool = False
+
+    def plan(self, tokens: VisualTokens) -> FusionPlan:
+        t, h, w = tokens.grid
+        n = tokens.num_tokens
+        rng = torch.Generator().manual_seed(t * 1009 + h * 101 + w)
+        noise = torch.rand(n, generator=rng)
+        if self.frames and t > 1:
+            noise += (torch.arange(n) // (h * w) % 2 == 0) * 2.0
+            n = -(-t // 2) * h * w
+        kept = max(1, round(n * (1 - self.reduction)))
+        survivors = noise.topk(kept).indices.sort().values
+        return FusionPlan.from_survivors(survivors.to(tokens.features.device), tokens.num_tokens)
+
+
+class Halves(Strategy):
+    """Fuses each token of the second half of an item into the one as far into the first half."""
+
+    name: ClassVar[str] = "conformance_halves"
+
+    def plan(self, tokens: VisualTokens) -> FusionPlan:
+        n = tokens.num_tokens
+        kept = -(-n // 2)
+        index = torch.arange(n, device=tokens.features.device)
+        return FusionPlan.from_roots(index[:kept], index % kept)
+
+
+DROPS = {
+    "33 %": Drop(reduction=0.33),
+    "67 %": Drop(reduction=0.67),
+    "99 %": Drop(reduction=0.99),
+    "whole frames": Drop(reduction=0.1, frames=True),
+}
+NOTHING = Drop(reduction=0.0)
+HALF = Drop(reduction=0.5)
+STEPS = 5
+
+
+class AdapterConformance:
+    """Everything that an adapter promises, as tests. A subclass gives a model and its prompts.
+
+    ::
+
+        class TestMine(AdapterConformance):
+            adapter = "mine"
+            model = staticmethod(functools.cache(build_a_tiny_random_model))
+            prompt = staticmethod(processor_inputs)
+
+    ``model(attention)`` is the model in eval mode with attention ``"sdpa"`` or ``"eager"``, and
+    without an end token. ``prompt(rows, side)`` are the processor's inputs for a batch of prompts,
+    padded on ``side``, ``attention_mask`` included. A row is a list of parts, each a kind
+    (``"text"``, ``"image"``, ``"video"``) and a seed; equal seeds mean equal content.
+    """
+
+    adapter: ClassVar[str | None] = None
+    """The name of the adapter that should be found for the model."""
+    modalities: ClassVar[Sequence[Modality]] = ("image", "video")
+    """What prompts may show."""
+    attentions: ClassVar[Sequence[str]] = ("sdpa", "eager")
+    mixed: ClassVar[bool] = True
+    """Whether the model itself takes an image and a video in one prompt."""
+    several: ClassVar[bool] = True
+    """Whether the model itself takes several images, or videos, in one prompt."""
+    beams: ClassVar[bool] = True
+    """Whether the model itself can search with beams when it is shown something."""
+    image_blocks: ClassVar[ImageBlocks] = "images"
+    masked: ClassVar[bool] = True
+    """Whether a mask hides a token from every layer; False with linear attention among them."""
+    causal: ClassVar[bool] = True
+    """Whether text sees only what comes before it."""
+    tolerance: ClassVar[float] = 1e-4
+    """Largest difference of logits that is rounding."""
+
+    @staticmethod
+    def model(attention: str) -> Any:
+        raise NotImplementedError
+
+    @staticmethod
+    def prompt(rows: Sequence[Sequence[Part]], side: str = "left") -> dict[str, Any]:
+        raise NotImplementedError
+
+    def pytest_generate_tests(self, metafunc: Any) -> None:
+        """Give the tests their attention, prompt and dropped share; pytest calls this."""
+        cases = self.cases()
+        values: dict[str, Sequence[Any]] = {
+            "attention": self.attentions,
+            "case": list(cases),
+            "answered": [name for name in cases if name != "right"],
+            "alone": [name for name in cases if name not in ("left", "right")],
+            "dropped": list(DROPS),
+            "side": ["left", "right"],
+        }
+        for name in values.keys() & set(metafunc.fixturenames):
+            metafunc.parametrize(name, values[name])
+
+    def cases(self) -> dict[str, list[list[Part]]]:
+        """The prompts by name: one item, several, both orders, and a batch padded on each side."""
+        first, last = self.modalities[0], self.modalities[-1]
+        found: dict[str, list[list[Part]]] = {}
+        for kind in self.modalities:
+            found[kind] = [[("text", 1), (kind, 1), ("text", 2)]]
+            if self.several:
+                found[f"two {kind}s"] = [
+                    [("text", 1), (kind, 1), ("text", 2), (kind, 2), ("text", 3)]
+                ]
+        if self.mixed and len(self.modalities) > 1:
+            for one, two in ((first, last), (last, first)):
+                found[f"{one}, {two}"] = [
+                    [("text", 4), (one, 3), ("text", 5), (two, 4), ("text", 6)]
+                ]
+        longer: list[Part] = [("text", 8), (first, 6), ("text", 9), ("text", 10)]
+        if self.several and (self.mixed or first == last):
+            longer += [(last, 7), ("text", 11)]
+        other = last if self.mixed else first
+        batch: list[list[Part]] = [[("text", 7), (first, 5), ("text", 6)], longer]
+        batch.append([("text", 12), (other, 8), ("text", 13), ("text", 14), ("text", 15)])
+        return found | {"left": batch, "right": batch}
+
+    def inputs(self, case: str) -> dict[str, Any]:
+        """The prompt of that name."""
+        return self.prompt(self.cases()[case], "right" if case == "right" else "left")
+
+    def compress(
+        self, model: Any, inputs: Mapping[str, Any], strategy: Strategy = HALF, **options: Any
+    ) -> CompressedInputs:
+        """``tokenfuse.compress`` as this model needs it."""
+        return tokenfuse.compress(
+            model, inputs, strategy, image_blocks=self.image_blocks, **options
+        )
+
+    def attach(self, model: Any, strategy: Strategy = HALF) -> Any:
+        """``tokenfuse.attach`` as this model needs it."""
+        return tokenfuse.attach(model, strategy, image_blocks=self.image_blocks)
+
+    def placeholders(self, model: Any, inputs: Mapping[str, Any], modality: Modality) -> Tensor:
+        """Which tokens stand for a feature of a modality, by the model's config alone."""
+        config, ids = model.config, inputs["input_ids"]
+        tokens = [getattr(config, f"{m}_token_id", None) for m in MODALITIES]
+        types = inputs.get("mm_token_type_ids")
+        if types is not None:
+            # Where one id stands for both, the types tell them apart.
+            same = torch.isin(ids, torch.tensor([t for t in tokens if t is not None]))
+            return same & (types == 1 + MODALITIES.index(modality))
+        token = tokens[MODALITIES.index(modality)]
+        return torch.zeros_like(ids, dtype=torch.bool) if token is None else ids == token
+
+    def oracle(self, model: Any, inputs: Mapping[str, Any], plans: Mapping[Any, Any]) -> MaskedRun:
+        """The full-length run in which what the plans drop is hidden."""
+        hidden = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        adapter = self.adapter_of(model)
+        with torch.no_grad():
+            encoded = adapter.encode(inputs, image_blocks=self.image_blocks)
+        for part in encoded:
+            here = self.placeholders(model, inputs, part.modality)
+            hidden = hidden.masked_scatter(here, ~part.keep_mask(plans[part.modality]))
+        run = MaskedRun if self.masked else DeletedRun
+        return run(model, inputs, hidden, self.never(model))
+
+    @staticmethod
+    def never(model: Any) -> list[int]:
+        """Ids that an answer must not hold: a random model may say that it sees an image."""
+        names = [f"{modality}_token_id" for modality in MODALITIES]
+        found = [getattr(model.config, name, None) for name in names]
+        return [token for token in found if token is not None]
+
+    @staticmethod
+    def adapter_of(model: Any) -> Adapter:
+        """The adapter that is found for the model."""
+        return prompt_adapter(model, registry())
+
+    def close(self, mine: Tensor, theirs: Tensor) -> None:
+        """Assert that two tensors are equal up to rounding."""
+        torch.testing.assert_close(mine, theirs, atol=self.tolerance, rtol=0)
+
+    def generate(self, model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:
+        """Greedy answers, with the logits that chose them."""
+        chosen = {
+            "max_new_tokens": STEPS,
+            "suppress_tokens": self.never(model),
+            "return_dict_in_generate": True,
+            "output_logits": True,
+            **options,
+        }
+        return model.generate(**inputs, **chosen)
+
+    # What is found
+
+    def test_the_adapter_is_found(self) -> None:
+        """The registry chooses this adapter for the model, and it matches nothing else."""
+        found = self.adapter_of(self.model(self.attentions[0]))
+        assert self.adapter in (None, found.name)
+        assert not type(found).matches(torch.nn.Linear(1, 1))
+        assert not type(found).matches(self.model(self.attentions[0]).base_model)
+
+    def test_items_are_those_of_the_prompt(self, case: str) -> None:
+        """Features and grids are of the prompt's items, and not all alike."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(case)
+        report = self.compress(model, inputs).report
+        shown = sum(kind != "text" for row in self.cases()[case] for kind, _ in row)
+        assert len(report.items) >= shown
+        for item in report.items:
+            assert item.tokens_before == item.grid[0] * item.grid[1] * item.grid[2]
+        assert report.tokens_after < report.tokens_before
+
+    # The prompt
+
+    def test_every_placeholder_has_a_feature(self, case: str, dropped: str) -> None:
+        """The shorter prompt shows as many placeholders as there are features, and all text."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(case)
+        short = self.compress(model, inputs, DROPS[dropped])
+        text = {"long": inputs["attention_mask"].bool(), "short": short["attention_mask"].bool()}
+        for modality in MODALITIES:
+            here = self.placeholders(model, short, modality) & text["short"]
+            output = short["mm_encoder_outputs"].get(modality)
+            features = 0
+            if output is not None:
+                features = sum(x.numel() // x.shape[-1] for x in output.pooler_output)
+            assert int(here.sum()) == features, f"{modality} placeholders and features"
+            text["short"] &= ~here
+            text["long"] &= ~self.placeholders(model, inputs, modality)
+        for row in range(len(inputs["input_ids"])):
+            mine = short["input_ids"][row, text["short"][row]]
+            assert torch.equal(mine, inputs["input_ids"][row, text["long"][row]])
+
+    def test_positions_are_those_of_the_uncompressed_prompt(self, case: str) -> None:
+        """A survivor is read where the model itself would read it."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(case)
+        oracle = self.oracle(model, inputs, self.compress(model, inputs).plans)
+        short = self.compress(model, inputs)
+        positions, mine = oracle.positions(), short["position_ids"]
+        if mine.ndim == 3 and len(mine) == 4:
+            positions, mine = positions[-3:], mine[1:]
+            counted = short["attention_mask"].cumsum(-1) - 1
+            real = short["attention_mask"].bool()
+            assert torch.equal(short["position_ids"][0][real], counted[real])
+        for row, seen in enumerate(oracle.seen):
+            real = short["attention_mask"][row].bool()
+            assert torch.equal(mine[..., row, :][..., real], positions[..., row, :][..., seen])
+
+    def test_every_layer_of_features_is_fused(self, alone: str) -> None:
+        """Pooled and DeepStack features alike are means of what the plan fuses."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(alone)
+        adapter = self.adapter_of(model)
+        with torch.no_grad():
+            encoded = adapter.encode(inputs, image_blocks=self.image_blocks)
+        short = self.compress(model, inputs, Halves())
+        for part in encoded:
+            fused = short["mm_encoder_outputs"][part.modality]
+            assert type(fused) is type(part.output)
+            pairs = [(part.output.pooler_output, fused.pooler_output)]
+            layers = getattr(part.output, "deepstack_features", None) or []
+            given = getattr(fused, "deepstack_features", None) or []
+            assert len(layers) == len(given), "every DeepStack layer stays"
+            for full, mine in (*pairs, *zip(layers, given, strict=True)):
+                full, mine = (torch.cat([x.reshape(-1, x.shape[-1]) for x in y]) for y in (full, mine))
+                expected, begin = [], 0
+                for span in part.spans:
+                    rows = full[begin : begin + span.size]
+                    begin += span.size
+                    tokens = span.tokens()
+                    n, kept = len(tokens), -(-len(tokens) // 2)
+                    rows = rows.clone()
+                    rows[tokens[: n - kept]] = (
+                        rows[tokens[: n - kept]] + rows[tokens[kept:]]
+                    ) / 2
+                    stay = torch.ones(span.size, dtype=torch.bool)
+                    stay[tokens[kept:]] = False
+                    expected.append(rows[stay])
+                torch.testing.assert_close(mine, torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+    def test_the_next_position_follows_the_uncompressed_prompt(self, case: str) -> None:
+        """``rope_deltas`` say where the answer goes on, counted by the shorter prompt."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(case)
+        short = self.compress(model, inputs)
+        delta = getattr(model.base_model, "rope_deltas", None)
+        oracle = self.oracle(model, inputs, short.plans)
+        before = oracle.positions()
+        before = before[-3:].amax(0) if before.ndim == 3 else before
+        last = before.masked_fill(~oracle.real, -1).amax(-1)
+        count = short["attention_mask"].sum(-1)
+        if hasattr(model.base_model, "rope_deltas"):
+            assert delta is not None
+            assert (count + delta[:, 0]).tolist() == (last + 1).tolist()
+
+    # What the model makes of it
+
+    def test_a_plan_that_keeps_all_changes_nothing(self, attention: str, case: str) -> None:
+        """Logits and rope delta are bit-identical to those of the plain call."""
+        model, inputs = self.model(attention), self.inputs(case)
+        positions = MaskedRun(model, inputs, torch.zeros(len(inputs["input_ids"]), 1)).positions()
+        with torch.no_grad():
+            plain = model(**inputs, position_ids=positions).logits
+            model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
+            delta = getattr(model.base_model, "rope_deltas", None)
+            same = model(**self.compress(model, inputs, NOTHING)).logits
+        real = inputs["attention_mask"].bool()
+        assert torch.equal(same[real], plain[real])
+        if delta is not None:
+            assert torch.equal(model.base_model.rope_deltas, delta)
+
+    def test_logits_equal_the_masked_run(self, attention: str, case: str, dropped: str) -> None:
+        """The oracle: what stays gives what the full-length run gives with the rest hidden."""
+        model, inputs = self.model(attention), self.inputs(case)
+        short = self.compress(model, inputs, DROPS[dropped])
+        oracle = self.oracle(model, inputs, short.plans)
+        with torch.no_grad():
+            mine = model(**short).logits[short["attention_mask"].bool()]
+        assert short["input_ids"].shape[1] < inputs["input_ids"].shape[1]
+        self.close(mine, oracle.logits()[oracle.seen])
+
+    def test_generated_tokens_equal_the_masked_run(
+        self, attention: str, answered: str, dropped: str
+    ) -> None:
+        """The oracle for answers: every token, and the logits that chose it."""
+        model, inputs = self.model(attention), self.inputs(answered)
+        short = self.compress(model, inputs, DROPS[dropped])
+        tokens, logits = self.oracle(model, inputs, short.plans).answer(STEPS)
+        out = self.generate(model, short)
+        assert torch.equal(out.sequences[:, short["input_ids"].shape[1] :], tokens)
+        self.close(torch.stack(out.logits, 1), logits)
+
+    def test_no_token_sees_the_future(self, attention: str, case: str) -> None:
+        """What is said last changes nothing of what comes before it."""
+        if not self.causal:
+            pytest.skip("text of this model sees what comes after it")
+        model, inputs = self.model(attention), self.inputs(case)
+        logits = []
+        for step in (0, 1):
+            ids = inputs["input_ids"].clone()
+            last = inputs["attention_mask"].cumsum(-1).argmax(-1)
+            rows = torch.arange(len(ids))
+            ids[rows, last] = ids[rows, last - step]
+            short = self.compress(model, {**inputs, "input_ids": ids})
+            with torch.no_grad():
+                out = model(**short).logits
+            end = short["attention_mask"].cumsum(-1).argmax(-1)
+            before = short["attention_mask"].bool()
+            before[rows, end] = False
+            logits.append(out[before])
+        self.close(*logits)
+
+    def test_a_batch_gives_what_its_prompts_give_alone(self, side: str) -> None:
+        """Rows of a padded batch do not meet, and padding is not seen."""
+        model, rows = self.model(self.attentions[0]), self.cases()["left"]
+        for strategy in (HALF, Halves()):
+            together = self.compress(model, self.prompt(rows, side), strategy)
+            with torch.no_grad():
+                both = model(**together).logits
+            for row, real in enumerate(together["attention_mask"].bool()):
+                alone = self.compress(model, self.prompt([rows[row]], side), strategy)
+                with torch.no_grad():
+                    self.close(both[row, real], model(**alone).logits[0])
+
+    def test_the_padding_side_is_kept_or_chosen(self, side: str) -> None:
+        """Rows that lose unequally many tokens are padded again on the side they were padded."""
+        model = self.model(self.attentions[0])
+        other = "left" if side == "right" else "right"
+        inputs = self.prompt(self.cases()["left"], side)
+        for options, expected in (({}, side), ({"padding_side": other}, other)):
+            mask = self.compress(model, inputs, **options)["attention_mask"]
+            assert torch.equal(mask, mask.sort(-1, descending=expected == "right").values)
+
+    # Generation
+
+    def test_attach_gives_what_compress_gives(self, answered: str) -> None:
+        """``generate`` inside the block returns the caller's own prompt, then the same answer."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(answered)
+        short = self.compress(model, inputs)
+        explicit = self.generate(model, short).sequences[:, short["input_ids"].shape[1] :]
+        with self.attach(model) as session:
+            ids = self.generate(model, inputs).sequences
+        length = inputs["input_ids"].shape[1]
+        assert torch.equal(ids[:, :length], inputs["input_ids"])
+        assert torch.equal(ids[:, length:], explicit)
+        assert session.report.tokens_after < session.report.tokens_before
+
+    def test_beams_of_one_prompt_see_its_own_items(self) -> None:
+        """Beam search over a batch gives what it gives for each prompt."""
+        if not self.beams:
+            pytest.skip("this model cannot search with beams when it is shown something")
+        model, rows = self.model(self.attentions[0]), self.cases()["left"]
+        options = {"num_beams": 2, "output_logits": False}
+        with self.attach(model):
+            both = self.generate(model, self.prompt(rows), **options).sequences
+            for row, mine in zip(rows, both, strict=True):
+                alone = self.generate(model, self.prompt([row]), **options).sequences
+                assert torch.equal(mine[-STEPS:], alone[0, -STEPS:])
+
+    def test_the_model_is_left_as_it_was(self) -> None:
+        """After the block, and after an exception in it, nothing of tokenfuse is there."""
+        model, inputs = self.model(self.attentions[0]), self.inputs("left")
+        held = {name: id(value) for name, value in vars(model).items()}
+        before = self.generate(model, inputs).sequences
+        with pytest.raises(ZeroDivisionError), self.attach(model):
+            self.generate(model, inputs)
+            _ = 1 / 0
+        assert {name: id(value) for name, value in vars(model).items()} == held
+        assert torch.equal(self.generate(model, inputs).sequences, before)
+
+    # Conversations
+
+    def first_turn(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Any, Tensor]:
+        """The cache after an answer inside the block, and the ids of the next turn."""
+        out = self.generate(model, inputs)
+        new = self.question(len(inputs["input_ids"]))
+        return out.past_key_values, torch.cat([out.sequences, new], -1)
+
+    def question(self, rows: int, seed: int = 20) -> Tensor:
+        """The ids of some text, without what begins a prompt."""
+        plain = self.prompt([[("text", 1)]])["input_ids"]
+        whole = self.prompt([[("text", 1), ("text", seed)]])["input_ids"]
+        return whole[:, plain.shape[1] :].expand(rows, -1)
+
+    def test_a_second_turn_equals_the_masked_run(self, answered: str) -> None:
+        """A later question on the same cache is answered as if all were read anew."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(answered)
+        oracle = self.oracle(model, inputs, self.compress(model, inputs).plans)
+        oracle.answer(STEPS)
+        oracle.append(self.question(len(inputs["input_ids"])))
+        expected, logits = oracle.answer(STEPS)
+        with self.attach(model):
+            cache, ids = self.first_turn(model, inputs)
+            out = self.generate(model, {"input_ids": ids, "past_key_values": cache} | _mask(inputs, ids))
+        assert torch.equal(out.sequences[:, ids.shape[1] :], expected)
+        self.close(torch.stack(out.logits, 1), logits)
+
+    def test_the_second_turn_of_an_explicit_prompt_goes_on_where_it_should(self) -> None:
+        """Without a session the model's own rope delta is all that says where to go on."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(self.modalities[-1])
+        short = self.compress(model, inputs)
+        oracle = self.oracle(model, inputs, short.plans)
+        oracle.answer(STEPS)
+        oracle.append(self.question(1))
+        expected, _ = oracle.answer(STEPS)
+        short = self.compress(model, inputs)
+        out = self.generate(model, short)
+        ids = torch.cat([out.sequences, self.question(1)], -1)
+        later = {"input_ids": ids, "past_key_values": out.past_key_values}
+        if not hasattr(model.base_model, "rope_deltas"):
+            # A 1-D count cannot know that tokens are missing; the caller must say it.
+            length = short["input_ids"].shape[1]
+            after = short["position_ids"][:, -1:] + torch.arange(1, ids.shape[1] - length + 1)
+            later["position_ids"] = torch.cat([short["position_ids"], after], -1)
+        out = self.generate(model, later)
+        assert torch.equal(out.sequences[:, ids.shape[1] :], expected)
+
+    def test_new_items_in_a_second_turn_equal_the_masked_run(self, side: str) -> None:
+        """A new image or video in a later turn is compressed too; what the cache holds stays."""
+        if not self.several and self.image_blocks == "images":
+            pytest.skip("this model takes one item in a prompt")
+        kind = self.modalities[-1]
+        model = self.model(self.attentions[0])
+        first: list[list[Part]] = [
+            [("text", 1), (kind, 1), ("text", 2)],
+            [("text", 3), ("text", 4), (kind, 3), ("text", 5)],
+        ]
+        second: list[list[Part]] = [
+            [("text", 6), (kind, 4), ("text", 7)],
+            [("text", 8), (kind, 2), ("text", 9)],
+        ]
+        if side == "left":
+            # One prompt; and a batch, whose rows lose unequally many tokens.
+            first, second = first[:1], second[:1]
+        inputs = self.prompt(first)
+        with self.attach(model) as session:
+            out = self.generate(model, inputs)
+            whole = self.conversation(first, second, out.sequences)
+            later = self.generate(model, whole | {"past_key_values": out.past_key_values})
+            assert session.report.tokens_after < session.report.tokens_before
+        plans = self.compress(model, whole).plans
+        if self.image_blocks == "frames":
+            plans = self.plans_of_turns(model, first, second)
+        oracle = self.oracle_of_turns(model, whole, plans, inputs["input_ids"].shape[1])
+        expected, logits = oracle.answer(STEPS)
+        assert torch.equal(later.sequences[:, whole["input_ids"].shape[1] :], expected)
+        self.close(torch.stack(later.logits, 1), logits)
+
+    def plans_of_turns(
+        self, model: Any, first: list[list[Part]], second: list[list[Part]]
+    ) -> dict[Modality, list[FusionPlan]]:
+        """Plans of a conversation whose images are frames: each turn's are a video of their own."""
+        merged: dict[Modality, list[FusionPlan]] = {}
+        for row in range(len(first)):
+            for turn in (first, second):
+                plans = self.compress(model, self.prompt([turn[row]])).plans
+                for modality, found in plans.items():
+                    merged.setdefault(modality, []).extend(found)
+        return merged
+
+    def oracle_of_turns(
+        self, model: Any, whole: Mapping[str, Any], plans: Mapping[Any, Any], since: int
+    ) -> MaskedRun:
+        """The oracle of a conversation whose later items begin at column ``since``."""
+        hidden = torch.zeros_like(whole["input_ids"], dtype=torch.bool)
+        with torch.no_grad():
+            encoded = self.adapter_of(model).encode(
+                whole, image_blocks=self.image_blocks, since=since
+            )
+        for part in encoded:
+            here = self.placeholders(model, whole, part.modality)
+            hidden = hidden.masked_scatter(here, ~part.keep_mask(plans[part.modality]))
+        run = MaskedRun if self.masked else DeletedRun
+        return run(model, whole, hidden, self.never(model))
+
+    def conversation(
+        self, first: list[list[Part]], second: list[list[Part]], answered: Tensor
+    ) -> dict[str, Any]:
+        """A processor's inputs for two turns with an answer between them, padded on the left.
+
+        ``answered (B, S)``: the first prompts and their answers. The second turns are padded on the
+        left, too, within the row.
+        """
+        begun = self.prompt(first)
+        alone = [self.prompt([a + b]) for a, b in zip(first, second, strict=True)]
+        own = [int(row.sum()) for row in begun["attention_mask"]]
+        whole = self.prompt([a + b for a, b in zip(first, second, strict=True)])
+        names = [n for n in ("input_ids", "attention_mask", *PER_TOKEN) if n in whole]
+        tails = [x["input_ids"].shape[1] - n for x, n in zip(alone, own, strict=True)]
+        answer = answered[:, begun["input_ids"].shape[1] :]
+        for name in names:
+            rows = []
+            for row, (x, n) in enumerate(zip(alone, own, strict=True)):
+                if name == "input_ids" and not torch.equal(
+                    x[name][0, :n], begun[name][row, begun["attention_mask"][row].bool()]
+                ):
+                    pytest.skip("a longer prompt of this factory does not begin like a shorter one")
+                said = answer[row] if name == "input_ids" else torch.zeros_like(answer[row])
+                said = torch.ones_like(said) if name == "attention_mask" else said
+                gap = begun["input_ids"][row, :1] if name == "input_ids" else said[:1] * 0
+                pad = gap.expand(max(tails) - tails[row])
+                rows.append(torch.cat([begun[name][row], said, pad, x[name][0, n:]]))
+            whole[name] = torch.stack(rows)
+        return whole
+
+    def test_one_encoded_prompt_answers_many_questions(self, answered: str) -> None:
+        """``encode`` once, ``ask`` many: each answer is that of the whole prompt, whatever came."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(answered)
+        rows = len(inputs["input_ids"])
+        plans = self.compress(model, inputs).plans
+        with self.attach(model) as session:
+            prompt = session.encode(inputs)
+            options = {"max_new_tokens": STEPS, "suppress_tokens": self.never(model)}
+            for seed in (21, 22, 21):
+                question = self.question(rows, seed)
+                ids = session.ask(prompt, question, **options)
+                oracle = self.oracle(model, inputs, plans)
+                oracle.append(question)
+                assert torch.equal(ids[:, -STEPS:], oracle.answer(STEPS)[0])
+            again = session.ask(prompt, question.repeat_interleave(2, 0), **options)
+            assert torch.equal(again[::2], ids)
+            assert torch.equal(again[1::2], ids)
+        with pytest.raises(AttachError, match="outside its with-block"):
+            session.ask(prompt, question)
+
+    # What cannot be done
+
+    def test_a_truncated_prompt_is_refused(self) -> None:
+        """Fewer placeholders than features: an error that says so, not a shifted picture."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(self.modalities[-1])
+        end = self.first_place(model, inputs) + 1
+        cut = {
+            k: v[:, :end] if k in ("input_ids", "attention_mask", *PER_TOKEN) else v
+            for k, v in inputs.items()
+        }
+        with pytest.raises(PromptError, match="placeholder"):
+            self.compress(model, cut)
+
+    def test_placeholders_without_pixels_are_refused(self) -> None:
+        """They would be read as if they were words."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(self.modalities[0])
+        bare = {k: v for k, v in inputs.items() if k not in PIXELS.values()}
+        with pytest.raises(PromptError, match="placeholder"):
+            self.compress(model, bare)
+
+    def test_another_prompt_than_that_of_the_cache_is_refused(self) -> None:
+        """A later turn whose ids do not begin with the earlier ones would answer nonsense."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(self.modalities[0])
+        with self.attach(model):
+            cache, ids = self.first_turn(model, inputs)
+            other = ids.clone()
+            other[:, -self.question(1).shape[1] - 2] += 1
+            with pytest.raises(PromptError, match="do not begin with the"):
+                self.generate(model, {"input_ids": other[:, 1:], "past_key_values": cache})
+
+    def first_place(self, model: Any, inputs: Mapping[str, Any]) -> int:
+        """The first column with a placeholder."""
+        return min(
+            int(here.nonzero()[0, 1])
+            for here in (self.placeholders(model, inputs, m) for m in MODALITIES)
+            if bool(here.any())
+        )
+
+    def test_inputs_are_left_alone(self, case: str) -> None:
+        """Neither compress nor generate changes what the caller passed."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(case)
+        before = copy.deepcopy(inputs)
+        self.compress(model, inputs)
+        with self.attach(model):
+            model.generate(**inputs, max_new_tokens=2)
+        assert inputs.keys() == before.keys()
+        for name, value in inputs.items():
+            assert not isinstance(value, Tensor) or torch.equal(value, before[name])
+
+    def test_saliency_is_a_share_of_each_frame(self, alone: str) -> None:
+        """Where the adapter supplies saliency, every frame's sums to 1 and none is negative."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(alone)
+        if "saliency" not in self.adapter_of(model).supplies:
+            pytest.skip("this adapter supplies no saliency")
+        from tokenfuse.strategies.base import Attention, Wants
+
+        wants: dict[Modality, Wants] = {m: Wants(Attention(-1)) for m in MODALITIES}
+        with torch.no_grad():
+            encoded = self.adapter_of(model).encode(inputs, wants, self.image_blocks)
+        for part in encoded:
+            for tokens in part.items:
+                assert tokens.saliency is not None
+                assert float(tokens.saliency.min()) >= 0
+                sums = tokens.saliency.view(tokens.grid[0], -1).sum(-1)
+                torch.testing.assert_close(sums, torch.ones_like(sums), atol=1e-4, rtol=0)
+
+
+def _mask(inputs: Mapping[str, Any], ids: Tensor) -> dict[str, Tensor]:
+    """The mask of a conversation that began with ``inputs``."""
+    mask = inputs["attention_mask"]
+    more = mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])
+    return {"attention_mask": torch.cat([mask, more], -1)}

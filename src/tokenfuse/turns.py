@@ -1,0 +1,243 @@
+"""Later turns of a conversation on a cache that holds a shorter prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenfuse.adapters.base import MODALITIES, PER_TOKEN, PIXELS, Adapter, ImageBlocks
+from tokenfuse.engine import (
+    CompressedInputs,
+    check_prompt,
+    fuse_all,
+    plan_items,
+    report_on,
+    wants_of,
+)
+from tokenfuse.errors import PromptError
+from tokenfuse.plan import FusionPlan
+from tokenfuse.realign import count_positions, next_position_delta, shorten
+from tokenfuse.registry import Registry
+from tokenfuse.strategies.base import Strategy
+from tokenfuse.timing import Stopwatch
+from tokenfuse.tokens import Modality
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """What a cache holds: the short prompt ``(B, L')`` in place of the caller's ``(B, L)``.
+
+    ``seen``: the caller's prompt and all that followed it into the cache. ``columns (B, L')``: the
+    caller's column of each token of the short prompt. ``plans``: of all its items.
+    """
+
+    length: int
+    seen: Tensor
+    short: Tensor
+    mask: Tensor
+    positions: Tensor
+    columns: Tensor
+    plans: Mapping[Modality, list[FusionPlan]]
+
+    @classmethod
+    def of(cls, prompt: Tensor, short: CompressedInputs) -> Turn:
+        """The turn of a compressed prompt."""
+        names = ("input_ids", "attention_mask", "position_ids")
+        parts = (short[name] for name in names)
+        return cls(prompt.shape[1], prompt, *parts, short.columns, short.plans)
+
+    @classmethod
+    def of_text(cls, adapter: Adapter, inputs: Mapping[str, Any], held: int) -> Turn:
+        """The turn of a cache that holds the first ``held`` tokens of a prompt, all text.
+
+        Raises PromptError where one of them stands for an image or a video.
+        """
+        ids, mask = inputs["input_ids"][:, :held], _mask(inputs)[:, :held]
+        begun = {"input_ids": ids, "attention_mask": mask}
+        if ids.shape[1] < held or any(
+            bool(_places(adapter, inputs, m)[:, :held].any()) for m in MODALITIES
+        ):
+            raise PromptError(
+                "past_key_values already hold a prompt, and the inputs bring images or videos; "
+                "expected an empty cache, one that a generate of this session filled, or one of "
+                "text only: start with a new cache and the whole conversation"
+            )
+        positions = adapter.positions(begun).expand(-1, len(ids), -1)
+        positions = positions if positions.ndim == 3 else positions.expand(len(ids), -1)
+        columns = torch.arange(held, device=ids.device).expand(len(ids), -1)
+        return cls(held, ids, ids, mask, positions, columns, {})
+
+    @property
+    def removed(self) -> int:
+        return self.length - self.short.shape[1]
+
+    def holds(self, held: int) -> bool:
+        """Whether a cache that stands for ``held`` of the caller's tokens still is this turn's."""
+        return self.length <= held <= self.seen.shape[1]
+
+    def begins(self, ids: Tensor, held: int) -> bool:
+        """Whether ``ids`` begin with those ``held`` tokens, and go on."""
+        fits = self.holds(held) and len(ids) == len(self.seen) and held < ids.shape[1]
+        return fits and torch.equal(ids[:, :held].to(self.seen.device), self.seen[:, :held])
+
+    def repeat(self, times: int) -> Turn:
+        """The turn of a batch whose rows were repeated, as for several answers to one prompt."""
+        if times == 1:
+            return self
+        rows = {
+            name: getattr(self, name).repeat_interleave(times, 0)
+            for name in ("seen", "short", "mask", "columns")
+        }
+        # Plans are counted prompt by prompt, which no longer are the caller's.
+        positions = self.positions.repeat_interleave(times, -2)
+        return replace(self, **rows, positions=positions, plans={})
+
+    def extend(self, new: Tensor, given: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
+        """Mask and positions when the ``new`` tokens end the caller's ``total`` tokens.
+
+        ``given`` is the caller's mask for all of these. Positions go on from the prompt's highest,
+        which is that of its last text; padding has 0.
+        """
+        if given is None:
+            given = torch.ones_like(self.mask[:, :1]).expand(-1, total)
+        if given.shape != (len(new), total):
+            raise PromptError(
+                f"attention_mask has shape {tuple(given.shape)}; expected {(len(new), total)}: one "
+                "column per token of the conversation so far, the cached ones included"
+            )
+        later = given[:, self.length :].to(self.mask.dtype)
+        last = self.positions.amax(-1, keepdim=True)
+        after = last + later.cumsum(-1).to(self.positions.dtype)
+        return torch.cat([self.mask, later], -1), torch.cat([self.positions, after], -1)
+
+
+def show_more(
+    adapter: Adapter,
+    inputs: Mapping[str, Any],
+    turn: Turn,
+    held: int,
+    strategy: Strategy,
+    found: Registry,
+    image_blocks: ImageBlocks,
+) -> tuple[CompressedInputs, Turn]:
+    """Arguments of ``generate`` for a later turn that brings new images or videos, and that turn.
+
+    ``inputs`` are the processor's for the whole conversation, of which the cache stands for the
+    first ``held`` tokens. What it holds keeps its plans and its columns; the rest is compressed,
+    and padded on the left where prompts lose unequally many tokens. All items are encoded again,
+    since a processor's pixels cannot be parted in the same way for all models.
+
+    Raises PromptError where the inputs are not those of the whole conversation.
+    """
+    whole = {name: value for name, value in inputs.items() if name != "past_key_values"}
+    check_prompt(adapter, whole)
+    ids, mask = whole["input_ids"], _mask(whole)
+    whole["attention_mask"] = mask
+    watch = Stopwatch(adapter.model.device)
+    with torch.no_grad():
+        encoded = adapter.encode(whole, wants_of(strategy), image_blocks, since=held)
+        watch.lap()
+        plans: dict[Modality, list[FusionPlan]] = {}
+        new: dict[Modality, list[int]] = {}
+        for part in encoded:
+            try:
+                places = adapter.places(whole, part.modality, part.spans)
+            except PromptError as error:
+                raise PromptError(
+                    f"{error}. A turn that brings new images or videos takes the processor's "
+                    "output for the whole conversation, earlier pixels included"
+                ) from None
+            later = [column >= held for _, column in places]
+            known = turn.plans.get(part.modality, [])
+            if later.count(False) != len(known):
+                raise PromptError(
+                    f"a later turn shows {later.count(False)} {part.modality} item(s) that the "
+                    f"cache should hold, which holds {len(known)} of this conversation; expected "
+                    "the pixels of the whole conversation, and one answer per prompt: start with "
+                    "a new cache"
+                )
+            old = iter(known)
+            fresh = iter(plan_items(part, strategy, found, [i for i, x in enumerate(later) if x]))
+            plans[part.modality] = [next(fresh) if x else next(old) for x in later]
+            new[part.modality] = [i for i, x in enumerate(later) if x]
+        fused = fuse_all(adapter, encoded, plans, strategy, new)
+        watch.lap()
+    keep = adapter.kept_columns(whole, encoded, plans)
+    positions = adapter.positions(whole)
+    tail = shorten(mask[:, held:], keep[:, held:], "left")
+    begun, reached = turn.extend(ids[:, turn.length : held], mask[:, :held], held)
+    valid = torch.cat([begun.bool(), tail.valid], -1)
+    if strategy.positions == "keep":
+        after = tail.take(positions.expand(*positions.shape[:-2], len(ids), -1)[..., held:], 0)
+    else:
+        after = reached.amax(-1, keepdim=True) + tail.valid.long().cumsum(-1)
+    realigned = torch.cat([reached, after.to(reached.dtype)], -1)
+    if realigned.ndim == 3 and realigned.shape[0] == 4:
+        realigned[0] = count_positions(valid)
+    between = torch.arange(turn.length, held, device=ids.device).expand(len(ids), -1)
+    columns = torch.cat([turn.columns, between, held + tail.columns], -1)
+    prompt: dict[str, Any] = {
+        "input_ids": ids.gather(-1, columns).masked_fill(~valid, adapter.pad_id() or 0),
+        "attention_mask": valid.to(mask.dtype),
+        "position_ids": realigned,
+    }
+    for name in PER_TOKEN:
+        if whole.get(name) is not None:
+            prompt[name] = whole[name].gather(-1, columns).masked_fill(~valid, 0)
+    adapter.set_position_delta(next_position_delta(realigned, valid))
+    watch.lap()
+    read = {name for part in encoded for name in adapter.encoder_inputs(whole, part.modality)}
+    rest = {name: value for name, value in inputs.items() if name not in read}
+    short = CompressedInputs({**rest, **prompt, "mm_encoder_outputs": fused})
+    short.plans, short.columns = plans, columns
+    lengths = mask.sum(-1).tolist(), valid.sum(-1).tolist()
+    short.report = report_on(adapter, strategy, encoded, plans, *lengths, watch.read())
+    found.observe("tokenfuse_compressed", report=short.report)
+    return short, Turn.of(ids, short)
+
+
+def brings_items(adapter: Adapter, inputs: Mapping[str, Any], held: int) -> bool:
+    """Whether tokens from column ``held`` on stand for images or videos. A host sync for each."""
+    return any(bool(_places(adapter, inputs, m)[:, held:].any()) for m in MODALITIES)
+
+
+def without_visuals(
+    adapter: Adapter, inputs: Mapping[str, Any], new: Tensor | None = None
+) -> dict[str, Any]:
+    """The inputs of a later turn, without the pixels that the cache holds already.
+
+    ``new``: the new ids, if these may not bring images or videos.
+    """
+    for modality in MODALITIES:
+        token = adapter.placeholder_id(modality)
+        if new is not None and token is not None and bool((new == token).any()):
+            raise PromptError(
+                f"a later call of the model brings a new {modality}; expected text only on a "
+                "compressed cache: bring it by generate, with the inputs of the whole conversation"
+            )
+    for name in ("position_ids", "inputs_embeds", "mm_encoder_outputs"):
+        if inputs.get(name) is not None:
+            raise PromptError(
+                f"a later turn on a compressed cache brings {name}, which counts by the "
+                "uncompressed prompt; expected none: leave it out"
+            )
+    seen = {"token_type_ids", "mm_token_type_ids"}
+    for modality in MODALITIES:
+        if inputs.get(PIXELS[modality]) is not None:
+            seen |= set(adapter.encoder_inputs(inputs, modality))
+    return {name: value for name, value in inputs.items() if name not in seen}
+
+
+def _mask(inputs: Mapping[str, Any]) -> Tensor:
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    return torch.ones_like(ids) if mask is None else mask
+
+
+def _places(adapter: Adapter, inputs: Mapping[str, Any], modality: Modality) -> Tensor:
+    # A mask of another width is refused later, with what was expected.
+    plain = {k: v for k, v in inputs.items() if k != "attention_mask"}
+    return adapter.placeholders(plain, modality)

@@ -1,0 +1,51 @@
+"""Every built-in adapter, by the kit that a third party uses."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from families import FAMILIES
+from tokenfuse.testing import AdapterConformance
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ADAPTERS = {
+    "qwen3_vl_moe": "qwen3_vl",
+    "qwen3_5_full": "qwen3_5",
+    "glm4v_moe": "glm4v",
+    "glm46v": "glm4v",
+    "llava_siglip": "llava",
+    "vipllava": "llava",
+}
+"""The adapter of a family whose name is another."""
+
+
+def kit(family, **options):
+    """The kit's class for one family."""
+    members = {
+        "adapter": ADAPTERS.get(family.name, family.name),
+        "modalities": family.modalities,
+        "mixed": family.mixed,
+        "several": family.several,
+        "model": staticmethod(functools.cache(family.build)),
+        "prompt": staticmethod(family.prompt),
+    }
+    return type(f"Test_{family.name}", (AdapterConformance,), members | options)
+
+
+OPTIONS = {
+    "qwen3_5": {"masked": False},
+    "paligemma": {"causal": False},
+}
+FRAMES = {"adapter": None, "modalities": ("video",), "mixed": False, "several": False}
+
+for family in FAMILIES.values():
+    found = kit(family, **OPTIONS.get(family.name, {}))
+    globals()[found.__name__] = found
+for name in ("internvl", "smolvlm"):
+    # These models are shown a video as images.
+    found = kit(FAMILIES[name], **FRAMES, image_blocks="frames")
+    found.__name__ = f"Test_{name}_frames"
+    globals()[found.__name__] = found
