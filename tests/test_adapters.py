@@ -11,7 +11,8 @@ from tokenfuse.testing import AdapterConformance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ADAPTERS = {
+GENERIC = "idefics3 paligemma mistral3 llava_pixtral aya_vision cohere2_vision".split()
+ADAPTERS = dict.fromkeys(GENERIC, "generic") | {
     "qwen3_vl_moe": "qwen3_vl",
     "qwen3_5_full": "qwen3_5",
     "glm4v_moe": "glm4v",
@@ -37,7 +38,8 @@ def kit(family, **options):
 
 OPTIONS = {
     "qwen3_5": {"masked": False},
-    "paligemma": {"causal": False},
+    # What it is asked is read in both directions, what it answers is not.
+    "paligemma": {"causal": False, "text_type": 1},
 }
 FRAMES = {"adapter": None, "modalities": ("video",), "mixed": False, "several": False}
 

@@ -451,4 +451,7 @@ def test_plugins_observe_each_plan_and_report(model):
 
 def test_a_single_image_says_why_it_was_not_compressed(model):
     report = compress(model, one_image(), drop(0.0)).report
-    assert report.reason == "the strategy kept every token: one frame only in each image"
+    assert report.reason == "the strategy kept every token"
+    report = compress(model, one_image(), {"strategy": "ttf", "keep_ratio": 0.2}).report
+    assert report.reason == "one frame only, and ttf compares frames"
+    assert report.items[0].reason == report.reason

@@ -21,6 +21,7 @@ from models import (
     batch,
     build,
     compress,
+    frames,
     model_of,
     one_video,
     processor,
@@ -500,14 +501,54 @@ def first_turn(model, inputs=None, **options):
     return model.generate(**(inputs or one_video()), **options)
 
 
-def test_a_new_video_in_a_later_turn_is_refused(model):
-    other = prompt([user("video", "Which?")], videos=[torch.zeros(4, 48, 48, 3).numpy()])
+def test_a_new_video_without_the_pixels_of_the_whole_conversation_is_refused(model):
+    other = prompt([user("video", "Which?")], videos=[frames(8)])
     with attach(model):
         out = first_turn(model)
         ids = torch.cat([out.sequences, other["input_ids"]], -1)
         rest = {k: other[k] for k in ("pixel_values_videos", "video_grid_thw")}
-        with pytest.raises(PromptError, match="a later turn brings a new video"):
+        with pytest.raises(PromptError, match="takes the processor's output for the whole"):
             model.generate(input_ids=ids, past_key_values=out.past_key_values, **rest)
+        with pytest.raises(PromptError, match="a later call of the model brings a new video"):
+            model(input_ids=other["input_ids"], past_key_values=out.past_key_values, **rest)
+
+
+def test_a_video_after_a_text_only_turn_is_compressed(model):
+    said = prompt([user("Hello")])
+    with attach(model) as session:
+        out = first_turn(model, said)
+        assert session.report.reason == "the prompt has no image or video"
+        shown = one_video()
+        gap = torch.zeros_like(out.sequences)
+        whole = {k: v for k, v in shown.items() if "video" in k}
+        for name, before in (
+            ("input_ids", out.sequences),
+            ("attention_mask", torch.ones_like(gap)),
+            ("mm_token_type_ids", gap),
+        ):
+            whole[name] = torch.cat([before, shown[name]], -1)
+        later = model.generate(**whole, past_key_values=out.past_key_values, max_new_tokens=5)
+        assert session.report.tokens_after < session.report.tokens_before
+    oracle = Oracle(model, whole, compress(model, whole).plans)
+    assert torch.equal(later[:, length(whole) :], oracle.answer(5)[0])
+
+
+def test_a_new_video_after_several_answers_to_one_prompt_is_refused(model):
+    inputs = one_video()
+    with attach(model):
+        out = first_turn(model, num_beams=2, num_return_sequences=2)
+        whole = {k: v.repeat(*[2] + [1] * (v.ndim - 1)) for k, v in two_videos().items()}
+        whole["input_ids"] = torch.cat([out.sequences, whole["input_ids"]], -1)
+        for name in ("attention_mask", "mm_token_type_ids"):
+            before = torch.ones_like(out.sequences)
+            before[:, : length(inputs)] = inputs[name]
+            before[:, length(inputs) :] = name == "attention_mask"
+            whole[name] = torch.cat([before, whole[name]], -1)
+        for name in ("pixel_values_videos", "video_grid_thw"):
+            first, rest = inputs[name], two_videos()[name]
+            whole[name] = torch.cat([first, rest, first, rest])
+        with pytest.raises(PromptError, match="one answer per prompt"):
+            model.generate(**whole, past_key_values=out.past_key_values)
 
 
 def test_a_cache_of_somebody_else_with_a_video_is_refused(model):

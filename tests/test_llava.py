@@ -83,6 +83,12 @@ PROMPTS = {
 }
 
 
+ONE_WITH_CLASS = {
+    "input_ids": torch.tensor([[1, *[IMAGE] * (PATCHES + 1), 9, 10, 11]]),
+    "pixel_values": PROMPTS["one"]["pixel_values"],
+}
+
+
 def masked_run(model, inputs, plans, ids):
     """Logits of the uncompressed prompt and ``ids`` behind it, with dropped tokens hidden."""
     seen = inputs["attention_mask"].bool()
@@ -137,7 +143,7 @@ def test_saliency_is_what_the_class_token_pays(block):
     tower = model.model.vision_tower
     with torch.no_grad():
         maps = tower(inputs["pixel_values"], output_attentions=True).attentions[block]
-        items = Llava(model).encode(inputs, Wants(Attention(block)))[0].items
+        items = Llava(model).encode(inputs, {"image": Wants(Attention(block))})[0].items
     for weights, tokens in zip(maps, items, strict=True):
         paid = weights.mean(0)[0, 1:]
         torch.testing.assert_close(tokens.saliency, paid / paid.sum(), atol=1e-6, rtol=1e-4)
@@ -153,7 +159,7 @@ def test_saliency_without_a_class_token_is_what_all_queries_pay():
     with torch.no_grad():
         tower = model.model.vision_tower
         maps = tower(inputs["pixel_values"], output_attentions=True).attentions[-1]
-        tokens = Llava(model).encode(inputs, Wants(Attention(-1)))[0].items[0]
+        tokens = Llava(model).encode(inputs, {"image": Wants(Attention(-1))})[0].items[0]
     torch.testing.assert_close(tokens.saliency, maps[0].mean((0, 1)), atol=1e-6, rtol=1e-4)
 
 
@@ -162,9 +168,15 @@ def test_the_adapter_is_found_for_llava_alone():
     assert not Llava.matches(torch.nn.Linear(1, 1))
 
 
-def test_a_class_token_among_the_patches_is_refused():
-    with pytest.raises(UnsupportedModelError, match="expected default"):
-        tokenfuse.compress(model_of(select="full"), PROMPTS["one"], "attention")
+def test_a_class_token_among_the_patches_stays():
+    short = tokenfuse.compress(model_of(select="full"), ONE_WITH_CLASS, "attention")
+    assert short.report.items[0].grid == (1, 4, 4)
+    assert short.report.tokens_after == 8
+    features = short["mm_encoder_outputs"]["image"].pooler_output[0]
+    with torch.no_grad():
+        whole = model_of(select="full").model.get_image_features(PROMPTS["one"]["pixel_values"])
+    assert len(features) == 9
+    assert torch.equal(features[0], whole.pooler_output[0][0])
     # What the call says counts, as it does for the model.
     asked = PROMPTS["one"] | {"vision_feature_select_strategy": "default"}
     assert tokenfuse.compress(model_of(select="full"), asked, "attention").report.tokens_after == 8
@@ -172,5 +184,5 @@ def test_a_class_token_among_the_patches_is_refused():
 
 def test_a_video_is_refused():
     inputs = PROMPTS["one"] | {"pixel_values_videos": torch.zeros(1, 2, 3, SIDE, SIDE)}
-    with pytest.raises(PromptError, match="images only"):
+    with pytest.raises(PromptError, match="reads no videos; expected pixel_values"):
         tokenfuse.compress(model_of(), inputs, "attention")

@@ -60,9 +60,6 @@ class Anything(Adapter):
     def matches(cls, model: Any) -> bool:
         return hasattr(model, "config")
 
-    def grids(self, inputs, modality):
-        return []
-
 
 class Broken(Anything):
     name: ClassVar[str] = "broken"
@@ -101,10 +98,20 @@ def registry_of(*plugins):
     return Registry(plugins, installed=False)
 
 
+class Fake:
+    base_model_prefix = "model"
+    base_model = None
+
+    def __init__(self, config):
+        self.config = config
+
+    def forward(self, mm_encoder_outputs=None):
+        raise NotImplementedError
+
+
 def model(model_type="qwen3_vl", checkpoint="wide"):
     """As much of a Qwen3-VL as ``matches`` looks at."""
-    config = SimpleNamespace(model_type=model_type, checkpoint=checkpoint)
-    return SimpleNamespace(config=config, model=SimpleNamespace(rope_deltas=None))
+    return Fake(SimpleNamespace(model_type=model_type, checkpoint=checkpoint))
 
 
 @dataclass
@@ -496,7 +503,7 @@ def test_a_model_that_no_adapter_matches_is_told_which_there_are():
     with pytest.raises(UnsupportedModelError) as caught:
         registry_of(adapters_plugin(Narrow)).adapter(model("gpt2"))
     message = str(caught.value)
-    assert "no adapter matches SimpleNamespace (model_type 'gpt2')" in message
+    assert "no adapter matches Fake (model_type 'gpt2')" in message
     assert ", ".join(sorted(["narrow", *registry_of().adapters])) in message
     assert isinstance(caught.value, TypeError)
     with pytest.raises(UnsupportedModelError, match=r"no adapter matches object \(model_type None"):

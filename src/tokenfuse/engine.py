@@ -249,7 +249,7 @@ def plan_items(
         else:
             plan = chosen.plan(tokens)
             plan.check(tokens.num_tokens)
-        found.observe("tokenfuse_planned", tokens=tokens, plan=plan, strategy=strategy)
+        found.observe("tokenfuse_planned", tokens=tokens, plan=plan, strategy=chosen or strategy)
         plans.append(plan)
     return plans
 
@@ -343,7 +343,7 @@ def _why_whole(
     if not plan.is_identity:
         return None
     if strategy.temporal and tokens.grid[0] == 1:
-        return f"{strategy.name} compares frames, and there is one only"
+        return f"one frame only, and {strategy.name} compares frames"
     return "the strategy kept every token"
 
 

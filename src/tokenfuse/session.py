@@ -141,7 +141,6 @@ class Session:
         else:
             vars(self.model).pop(name, None)
 
-    @torch.no_grad()
     def encode(self, inputs: Mapping[str, Any]) -> Prompt:
         """Let the model read a prompt once, compressed, so that ``ask`` can go on from it.
 
@@ -150,7 +149,8 @@ class Session:
         Raises AttachError outside the block, and what ``compress`` raises.
         """
         self._require_attached("encode")
-        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
+        # Some models count positions otherwise in a plain call than in generate, which goes on.
+        output = self.model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         return Prompt(ids, mask, output.past_key_values)
@@ -181,7 +181,9 @@ class Session:
             attention_mask = torch.ones_like(input_ids)
         cache, turn = copy.deepcopy(prompt.cache), _turn_of(prompt.cache)
         if times > 1:
-            cache.batch_repeat_interleave(times)
+            # Unlike batch_repeat_interleave, linear attention has it too.
+            rows = torch.arange(len(prompt.input_ids), device=prompt.input_ids.device)
+            cache.reorder_cache(rows.repeat_interleave(times))
             _remember(cache, None if turn is None else turn.repeat(times))
         before = (x.repeat_interleave(times, 0) for x in (prompt.input_ids, prompt.attention_mask))
         ids, mask = (

@@ -99,8 +99,8 @@ class Turn:
     def extend(self, new: Tensor, given: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
         """Mask and positions when the ``new`` tokens end the caller's ``total`` tokens.
 
-        ``given`` is the caller's mask for all of these. Positions go on from the prompt's highest,
-        which is that of its last text; padding has 0.
+        ``given`` is the caller's mask for all of these. Positions go on from that of the last token
+        of the prompt, as ``generate`` has it.
         """
         if given is None:
             given = torch.ones_like(self.mask[:, :1]).expand(-1, total)
@@ -110,7 +110,8 @@ class Turn:
                 "column per token of the conversation so far, the cached ones included"
             )
         later = given[:, self.length :].to(self.mask.dtype)
-        last = self.positions.amax(-1, keepdim=True)
+        end = self.mask.long().cumsum(-1).argmax(-1, keepdim=True)
+        last = self.positions.gather(-1, end.expand(*self.positions.shape[:-1], 1))
         after = last + later.cumsum(-1).to(self.positions.dtype)
         return torch.cat([self.mask, later], -1), torch.cat([self.positions, after], -1)
 
@@ -169,12 +170,13 @@ def show_more(
     keep = adapter.kept_columns(whole, encoded, plans)
     positions = adapter.positions(whole)
     tail = shorten(mask[:, held:], keep[:, held:], "left")
+    _refuse_a_gap(adapter, tail.valid)
     begun, reached = turn.extend(ids[:, turn.length : held], mask[:, :held], held)
     valid = torch.cat([begun.bool(), tail.valid], -1)
     if strategy.positions == "keep":
         after = tail.take(positions.expand(*positions.shape[:-2], len(ids), -1)[..., held:], 0)
     else:
-        after = reached.amax(-1, keepdim=True) + tail.valid.long().cumsum(-1)
+        after = reached[..., -1:] + tail.valid.long().cumsum(-1)
     realigned = torch.cat([reached, after.to(reached.dtype)], -1)
     if realigned.ndim == 3 and realigned.shape[0] == 4:
         realigned[0] = count_positions(valid)
@@ -188,7 +190,10 @@ def show_more(
     for name in PER_TOKEN:
         if whole.get(name) is not None:
             prompt[name] = whole[name].gather(-1, columns).masked_fill(~valid, 0)
-    adapter.set_position_delta(next_position_delta(realigned, valid))
+    delta = adapter.position_delta() if strategy.positions == "keep" else None
+    removed = (mask.sum(-1) - valid.sum(-1))[:, None]
+    after = next_position_delta(realigned, valid) if delta is None else delta + removed
+    adapter.set_position_delta(after)
     watch.lap()
     read = {name for part in encoded for name in adapter.encoder_inputs(whole, part.modality)}
     rest = {name: value for name, value in inputs.items() if name not in read}
@@ -198,6 +203,17 @@ def show_more(
     short.report = report_on(adapter, strategy, encoded, plans, *lengths, watch.read())
     found.observe("tokenfuse_compressed", report=short.report)
     return short, Turn.of(ids, short)
+
+
+def _refuse_a_gap(adapter: Adapter, valid: Tensor) -> None:
+    """Raise PromptError where padding between turns would be read. One host sync for a hybrid."""
+    kinds = getattr(adapter.model.config.get_text_config(), "layer_types", None) or []
+    if any("linear" in kind for kind in kinds) and not bool(valid.all()):
+        raise PromptError(
+            "the prompts of a batch lose unequally many tokens in a later turn, and the linear "
+            f"attention of {type(adapter.model).__name__} would read the padding between; expected "
+            "one prompt at a time, or a new cache"
+        )
 
 
 def brings_items(adapter: Adapter, inputs: Mapping[str, Any], held: int) -> bool:

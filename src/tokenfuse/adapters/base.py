@@ -161,22 +161,37 @@ class Adapter(ModelAdapter):
         Raises PromptError where inputs are missing or do not fit, UnsupportedModelError where the
         model gives no way to tell.
         """
-        model, name = self.model, f"{modality}_grid_thw"
-        layout.refuse_resamplers(model)
-        pixels, grid = inputs[PIXELS[modality]], inputs.get(name)
+        model, pixels = self.model, inputs[PIXELS[modality]]
         vision = model.config.vision_config
-        merge = getattr(vision, "spatial_merge_size", None)
+        merge, grid = getattr(vision, "spatial_merge_size", None), inputs.get(f"{modality}_grid_thw")
         if grid is not None and merge is not None:
-            return layout.from_grid_thw(grid, merge, pixels, modality)
-        if name in inspect.signature(self._encoder(modality)).parameters:
-            raise PromptError(
-                f"{name} is missing beside the pixels; expected (items, 3): pass all that the "
-                "processor returns"
-            )
+            return [Span((t, h // merge, w // merge)) for t, h, w in grid.tolist()]
+        layout.refuse_resamplers(model)
         newline = getattr(model.base_model, "image_newline", None)
         if modality == "video":
             return layout.from_video_pixels(entries, pixels, vision, newline)
         return layout.from_pixels(entries, pixels, vision, newline, inputs.get("image_sizes"))
+
+    def check(self, inputs: Mapping[str, Any], modality: Modality) -> None:
+        """Raise PromptError where the tower cannot read the inputs of a modality.
+
+        By default where ``grid_thw`` is missing or does not describe the pixels.
+        """
+        name, pixels = f"{modality}_grid_thw", PIXELS[modality]
+        if name not in inspect.signature(self._encoder(modality)).parameters:
+            return
+        grid, given = inputs.get(name), len(inputs[pixels])
+        if grid is None:
+            raise PromptError(
+                f"{name} is missing beside the pixels; expected (items, 3): pass all that the "
+                "processor returns"
+            )
+        described = int(grid.prod(-1).sum())
+        if described != given:
+            raise PromptError(
+                f"{pixels} hold {given} patches, {name} describes {described}: pass all that one "
+                "processor call returns"
+            )
 
     def position_delta(self) -> Tensor | None:
         """What the model adds to a token count for a rope position, ``(B, 1)``; None in 1-D."""
@@ -219,6 +234,7 @@ class Adapter(ModelAdapter):
         for modality in MODALITIES:
             if inputs.get(PIXELS[modality]) is None:
                 continue
+            self.check(inputs, modality)
             frames = modality == "image" and image_blocks == "frames"
             kind: Modality = "video" if frames else modality
             attention = wants.get(kind, Wants()).attention
@@ -409,7 +425,9 @@ class Adapter(ModelAdapter):
                 "a prompt ends with a visual token, and the plan removes it; expected text after "
                 "the last image or video: let the processor end the prompt"
             )
+        own = inputs.get("position_ids") is None and policy == "keep"
         positions = self.positions({**inputs, "attention_mask": mask})
+        delta = self.position_delta() if own else None
         positions = positions.expand(*positions.shape[:-2], len(ids), -1)
         new = shorten(mask, keep, side or padding_side(mask))
         realigned = realign_positions(positions, new, policy)
@@ -421,7 +439,9 @@ class Adapter(ModelAdapter):
         for name in PER_TOKEN:
             if inputs.get(name) is not None:
                 short[name] = new.take(inputs[name], -100 if name == "labels" else 0)
-        self.set_position_delta(next_position_delta(realigned, new.valid))
+        # The model's own delta knows of the highest position, which the plan may have removed.
+        after = next_position_delta(realigned, new.valid)
+        self.set_position_delta(after if delta is None else delta + new.removed[:, None])
         return short, new
 
     def pad_id(self) -> int | None:

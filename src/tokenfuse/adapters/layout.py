@@ -92,22 +92,6 @@ def as_frames(spans: Sequence[Span], videos: Sequence[Hashable]) -> list[Span]:
     return whole
 
 
-def from_grid_thw(
-    patches: Int[Tensor, "items 3"], merge: int, pixels: Tensor, modality: Modality
-) -> list[Span]:
-    """Spans by ``grid_thw``, which counts patches before the spatial merge.
-
-    Raises PromptError where it does not describe the pixels, one row per patch.
-    """
-    described, given = int(patches.prod(-1).sum()), len(pixels)
-    if described != given:
-        raise PromptError(
-            f"the {modality} pixels hold {given} patches, {modality}_grid_thw describes "
-            f"{described}: pass all that one processor call returns"
-        )
-    return [Span((t, h // merge, w // merge)) for t, h, w in patches.tolist()]
-
-
 def refuse_resamplers(model: Any) -> None:
     """Raise UnsupportedModelError where learned queries stand between the tower and the LLM."""
     for module in model.modules():

@@ -287,7 +287,7 @@ def _ask(
             scores[candidate] = _score(plain, plain, expected)
             continue
         try:
-            short = compress_with(adapter, inputs, candidate.strategy, None, found)
+            short = compress_with(adapter, inputs, candidate.strategy, found)
             ids, logits = generate(model, short, LONGEST)
         except Exception as error:
             scores[candidate] = why(error)

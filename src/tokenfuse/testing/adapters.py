@@ -102,15 +102,19 @@ class AdapterConformance:
     """Whether a mask hides a token from every layer; False with linear attention among them."""
     causal: ClassVar[bool] = True
     """Whether text sees only what comes before it."""
+    text_type: ClassVar[int] = 0
+    """The token type of an answer, where the model has token types."""
     tolerance: ClassVar[float] = 1e-4
     """Largest difference of logits that is rounding."""
 
     @staticmethod
     def model(attention: str) -> Any:
+        """The model with that attention, in eval mode."""
         raise NotImplementedError
 
     @staticmethod
     def prompt(rows: Sequence[Sequence[Part]], side: str = "left") -> dict[str, Any]:
+        """The processor's inputs for a batch of prompts."""
         raise NotImplementedError
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
@@ -187,8 +191,13 @@ class AdapterConformance:
         for part in encoded:
             here = self.placeholders(model, inputs, part.modality)
             hidden = hidden.masked_scatter(here, ~part.keep_mask(plans[part.modality]))
-        run = MaskedRun if self.masked else DeletedRun
-        return run(model, inputs, hidden, self.never(model))
+        return self.run(model, inputs, hidden)
+
+    def run(self, model: Any, inputs: Mapping[str, Any], hidden: Tensor) -> MaskedRun:
+        """The full-length run in which ``hidden (B, L)`` is hidden."""
+        kind = MaskedRun if self.masked else DeletedRun
+        never = self.never(model)
+        return kind(model, inputs, hidden, never=never, text_type=self.text_type)
 
     @staticmethod
     def never(model: Any) -> list[int]:
@@ -305,16 +314,13 @@ class AdapterConformance:
     def test_the_next_position_follows_the_uncompressed_prompt(self, case: str) -> None:
         """``rope_deltas`` say where the answer goes on, counted by the shorter prompt."""
         model, inputs = self.model(self.attentions[0]), self.inputs(case)
+        if not hasattr(model.base_model, "rope_deltas"):
+            pytest.skip("this model's positions are counts")
+        model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
+        before = inputs["attention_mask"].sum(-1) + model.base_model.rope_deltas[:, 0]
         short = self.compress(model, inputs)
-        delta = getattr(model.base_model, "rope_deltas", None)
-        oracle = self.oracle(model, inputs, short.plans)
-        before = oracle.positions()
-        before = before[-3:].amax(0) if before.ndim == 3 else before
-        last = before.masked_fill(~oracle.real, -1).amax(-1)
-        count = short["attention_mask"].sum(-1)
-        if hasattr(model.base_model, "rope_deltas"):
-            assert delta is not None
-            assert (count + delta[:, 0]).tolist() == (last + 1).tolist()
+        after = short["attention_mask"].sum(-1) + model.base_model.rope_deltas[:, 0]
+        assert after.tolist() == before.tolist()
 
     # What the model makes of it
 
@@ -482,6 +488,8 @@ class AdapterConformance:
         """A new image or video in a later turn is compressed too; what the cache holds stays."""
         if not self.several and self.image_blocks == "images":
             pytest.skip("this model takes one item in a prompt")
+        if side == "right" and not self.masked:
+            pytest.skip("linear attention reads the padding between turns of a batch")
         kind = self.modalities[-1]
         model = self.model(self.attentions[0])
         first: list[list[Part]] = [
@@ -533,8 +541,7 @@ class AdapterConformance:
         for part in encoded:
             here = self.placeholders(model, whole, part.modality)
             hidden = hidden.masked_scatter(here, ~part.keep_mask(plans[part.modality]))
-        run = MaskedRun if self.masked else DeletedRun
-        return run(model, whole, hidden, self.never(model))
+        return self.run(model, whole, hidden)
 
     def conversation(
         self, first: list[list[Part]], second: list[list[Part]], answered: Tensor

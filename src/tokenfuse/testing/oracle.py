@@ -16,16 +16,23 @@ class MaskedRun:
     """The full-length run of a model in which no token sees those that were dropped.
 
     ``inputs`` are the processor's, ``hidden (B, L)`` marks the dropped tokens. Positions are the
-    model's own, by the method that ``generate`` asks. A hook on each attention of the decoder hides
+    model's own, by the method that ``generate`` asks. ``never`` are ids that no answer holds,
+    ``text_type`` is the token type of an answer. A hook on each attention of the decoder hides
     the dropped keys, whatever mask the model makes, so that bidirectional blocks and sliding
     windows stay as they are. Every answer reads the whole conversation anew, without a cache.
     """
 
     def __init__(
-        self, model: Any, inputs: Mapping[str, Any], hidden: Tensor, never: Sequence[int] = ()
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        hidden: Tensor,
+        *,
+        never: Sequence[int] = (),
+        text_type: int = 0,
     ) -> None:
         self.model, self.inputs, self.hidden = model, dict(inputs), hidden
-        self.never = list(never)
+        self.never, self.text_type = list(never), text_type
 
     @property
     def real(self) -> Tensor:
@@ -44,7 +51,7 @@ class MaskedRun:
         for name in ("input_ids", "attention_mask", *PER_TOKEN):
             if self.inputs.get(name) is not None:
                 old = self.inputs[name]
-                new = more.get(name, torch.zeros_like(ids)).to(old.dtype)
+                new = more.get(name, torch.full_like(ids, self.text_type)).to(old.dtype)
                 self.inputs[name] = torch.cat([old, new], -1)
         self.hidden = torch.cat([self.hidden, torch.zeros_like(ids, dtype=torch.bool)], -1)
 
