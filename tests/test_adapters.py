@@ -11,7 +11,7 @@ from tokenfuse.testing import AdapterConformance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-GENERIC = "idefics3 paligemma mistral3 llava_pixtral aya_vision cohere2_vision".split()
+GENERIC = ["idefics3", "paligemma", "mistral3", "llava_pixtral", "aya_vision", "cohere2_vision"]
 ADAPTERS = dict.fromkeys(GENERIC, "generic") | {
     "qwen3_vl_moe": "qwen3_vl",
     "qwen3_5_full": "qwen3_5",

@@ -15,7 +15,7 @@ from transformers import (
 
 import tokenfuse
 from tokenfuse.adapters.llava import Llava
-from tokenfuse.errors import PromptError, UnsupportedModelError
+from tokenfuse.errors import PromptError
 from tokenfuse.registry import registry
 from tokenfuse.strategies.base import Attention, Wants
 from tokenfuse.strategies.select import top

@@ -46,9 +46,15 @@ class Turn:
     @classmethod
     def of(cls, prompt: Tensor, short: CompressedInputs) -> Turn:
         """The turn of a compressed prompt."""
-        names = ("input_ids", "attention_mask", "position_ids")
-        parts = (short[name] for name in names)
-        return cls(prompt.shape[1], prompt, *parts, short.columns, short.plans)
+        return cls(
+            length=prompt.shape[1],
+            seen=prompt,
+            short=short["input_ids"],
+            mask=short["attention_mask"],
+            positions=short["position_ids"],
+            columns=short.columns,
+            plans=short.plans,
+        )
 
     @classmethod
     def of_text(cls, adapter: Adapter, inputs: Mapping[str, Any], held: int) -> Turn:

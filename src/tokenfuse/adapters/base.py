@@ -100,9 +100,7 @@ class _Tower(NamedTuple):
                 saliency=salient,
                 text=None if texts is None else texts[i],
             )
-            for i, (span, part, salient) in enumerate(
-                zip(self.spans, parts, saliency, strict=True)
-            )
+            for i, (span, part, salient) in enumerate(zip(self.spans, parts, saliency, strict=True))
         ]
 
 
@@ -163,7 +161,10 @@ class Adapter(ModelAdapter):
         """
         model, pixels = self.model, inputs[PIXELS[modality]]
         vision = model.config.vision_config
-        merge, grid = getattr(vision, "spatial_merge_size", None), inputs.get(f"{modality}_grid_thw")
+        merge, grid = (
+            getattr(vision, "spatial_merge_size", None),
+            inputs.get(f"{modality}_grid_thw"),
+        )
         if grid is not None and merge is not None:
             return [Span((t, h // merge, w // merge)) for t, h, w in grid.tolist()]
         layout.refuse_resamplers(model)
@@ -328,7 +329,8 @@ class Adapter(ModelAdapter):
     ) -> Any:
         """The vision tower's output after the plans, DeepStack layers too, in its own class.
 
-        ``fuse`` is the strategy's, which applies one plan to the features of one item. ``only``: the items that are needed, all if None.
+        ``fuse`` is the strategy's, which applies one plan to the features of one item. ``only``:
+        the items that are needed, all if None.
         """
 
         def fused(features: Any) -> Any:

@@ -37,4 +37,5 @@ class GLM4V(Packed):
                     "image's; expected (B, L): pass all that the processor returns"
                 )
             return here
-        return here & (types == TYPES[modality])
+        of_kind: Tensor = types == TYPES[modality]
+        return here & of_kind

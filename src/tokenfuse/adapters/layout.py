@@ -98,15 +98,15 @@ def refuse_resamplers(model: Any) -> None:
         name = type(module).__name__
         if any(part.lower() in name.lower() for part in RESAMPLERS):
             raise UnsupportedModelError(
-                f"{type(model).__name__} reads images through a {name}, whose queries have no place "
-                "in the image; expected visual tokens on a grid: an adapter of its own could say "
+                f"{type(model).__name__} reads images by a {name}, whose queries have no place in "
+                "the image; expected visual tokens on a grid: an adapter of its own could say "
                 "what they stand for"
             )
 
 
 def from_pixels(
     entries: Sequence[Tensor],
-    pixels: Tensor,
+    pixels: Any,
     vision: Any,
     newline: Tensor | None,
     image_sizes: Any = None,
@@ -138,12 +138,14 @@ def from_pixels(
     per_tile = longest // tiles if tiles and longest % tiles == 0 else 0
     grid = _coarse(per_tile, _patches(pixels.shape[-2:], patch))
     if grid is None or any(n % per_tile for n in counts):
-        raise _unclear(f"{longest} features of {tiles} tile(s) of {tuple(pixels.shape[-2:])} pixels")
+        raise _unclear(
+            f"{longest} features of {tiles} tile(s) of {tuple(pixels.shape[-2:])} pixels"
+        )
     return [Span(grid)] * (sum(counts) // per_tile)
 
 
 def from_video_pixels(
-    entries: Sequence[Tensor], pixels: Tensor, vision: Any, newline: Tensor | None
+    entries: Sequence[Tensor], pixels: Any, vision: Any, newline: Tensor | None
 ) -> list[Span]:
     """Spans of videos by the pixels' shape, ``(videos, T, C, h, w)``; see ``from_pixels``."""
     patch = _pair(getattr(vision, "patch_size", None))

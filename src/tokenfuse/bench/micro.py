@@ -29,6 +29,8 @@ from tokenfuse.micro.evaluate import clip_inputs, held_out
 from tokenfuse.micro.tasks import TASKS, Clip, Question, Task
 from tokenfuse.registry import Registry, registry
 from tokenfuse.report import versions
+from tokenfuse.strategies.base import Wants
+from tokenfuse.tokens import Modality
 
 LONGEST = 6
 """Tokens that an answer may have; those of the micro model have up to three."""
@@ -318,12 +320,13 @@ def _texts(processor: Any, ids: Tensor) -> list[str]:
 def _encoding_once(adapter: Adapter) -> Adapter:
     """The adapter, for one prompt: what it has encoded it does not encode again."""
     encode = adapter.encode
-    seen: dict[tuple[Any, ...], list[Encoded]] = {}
+    seen: dict[Any, list[Encoded]] = {}
 
-    def once(inputs: Mapping[str, Any], *wants: Any) -> list[Encoded]:
-        if wants not in seen:
-            seen[wants] = encode(inputs, *wants)
-        return seen[wants]
+    def once(inputs: Mapping[str, Any], wants: Mapping[Modality, Wants], *more: Any) -> Any:
+        key = frozenset(wants.items()), more
+        if key not in seen:
+            seen[key] = encode(inputs, wants, *more)
+        return seen[key]
 
     vars(adapter)["encode"] = once
     return adapter
