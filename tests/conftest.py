@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,31 @@ settings.register_profile(
 settings.load_profile("tokenfuse")
 
 torch.set_num_threads(2)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", type=Path, help="JSON file for what the adapters' kit finds")
+
+
+_outcomes = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if item.config.getoption("--record"):
+        # Not above: what is imported here is imported before shapes are checked at run time.
+        from record import note
+
+        note(_outcomes, item, report)
+    return report
+
+
+def pytest_sessionfinish(session):
+    if path := session.config.getoption("--record"):
+        from record import write
+
+        write(path, _outcomes)
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ def test_python_in_the_pages_runs(page, tmp_path, monkeypatch):
         "tokenfuse": tokenfuse,
         "model": model,
         "processor": processor,
+        "video": read_video(SAMPLE),
         "inputs": video_inputs(processor, read_video(SAMPLE), SAMPLE_QUESTION),
         "torch": torch,
         "features": torch.randn(16 * 14 * 14, 32),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, computed_field
 
+from tokenfuse.adapters.base import PIXELS, ImageBlocks
 from tokenfuse.errors import ConfigError, UnsupportedModelError
 from tokenfuse.micro import CHECKPOINT
 from tokenfuse.report import Report
@@ -82,27 +83,47 @@ def video_inputs(processor: Any, video: Video, question: str) -> Any:
 
     Raises UnsupportedModelError where the processor takes no video.
     """
+    message = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}
+    return conversation_inputs(processor, [message], [video])
+
+
+def conversation_inputs(
+    processor: Any, messages: Sequence[Mapping[str, Any]], videos: Sequence[Video]
+) -> Any:
+    """The processor's inputs for a conversation, as chat templates take it, with its videos.
+
+    Raises UnsupportedModelError where the processor takes no video.
+    """
     from transformers.video_utils import VideoMetadata
 
     refuse_images_only(processor)
-    frames, indices = video.frames, video.processor_indices()
     least = getattr(processor.video_processor, "temporal_patch_size", 1)
-    if len(frames) < least:
-        # A vision tower that reads frames in pairs sees a single frame twice, as it does an image.
-        frames = frames.repeat(least, axis=0)[:least]
-        indices = (indices * least)[:least]
-    message = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}
-    text = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-    metadata = VideoMetadata(
-        total_num_frames=video.total_frames, fps=video.fps, frames_indices=indices
-    )
+    frames, metadata = [], []
+    for video in videos:
+        shown, indices = video.frames, video.processor_indices()
+        if len(shown) < least:
+            # A tower that reads frames in pairs sees a single frame twice, as it does an image.
+            shown = shown.repeat(least, axis=0)[:least]
+            indices = (indices * least)[:least]
+        frames.append(shown)
+        metadata.append(
+            VideoMetadata(
+                total_num_frames=video.total_frames, fps=video.fps, frames_indices=indices
+            )
+        )
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return processor(
         text=[text],
-        videos=[frames],
-        video_metadata=[metadata],
+        videos=frames,
+        video_metadata=metadata,
         do_sample_frames=False,
         return_tensors="pt",
     )
+
+
+def image_blocks(inputs: Mapping[str, Any]) -> ImageBlocks:
+    """What the images of ``video_inputs`` are: frames, where the model has no video input."""
+    return "images" if PIXELS["video"] in inputs else "frames"
 
 
 def refuse_images_only(processor: Any) -> None:
@@ -163,7 +184,8 @@ def run(
     say("answering without compression")
     text = answer(model, processor, inputs, max_new_tokens=max_new_tokens) if compare else None
     say(f"answering with {strategy.name}")
-    with attach(model, strategy):
+    blocks = image_blocks(inputs)
+    with attach(model, strategy, image_blocks=blocks):
         short_text = answer(model, processor, inputs, max_new_tokens=max_new_tokens)
     # The answers have warmed everything up; taking turns keeps the machine's drift out.
     times: list[float] = []
@@ -172,7 +194,7 @@ def run(
         say(f"timing the first token, {turn + 1} of {repeats}")
         if compare:
             times.append(first_token_ms(model, inputs))
-        with attach(model, strategy) as session:
+        with attach(model, strategy, image_blocks=blocks) as session:
             short_ms = first_token_ms(model, inputs)
         if session.report is None:
             raise RuntimeError("generate was not intercepted")

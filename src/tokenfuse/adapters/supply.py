@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,8 @@ class QueriesKeys(NamedTuple):
 
     ``lengths``: tokens per frame, in order. ``scale``: what products are multiplied with.
     ``prefix``: tokens at the beginning of each frame that are no patches, the class token first.
-    ``group``: consecutive patches that become one visual token.
+    ``group``: patches that become one visual token, consecutive ones or, where a frame's patches
+    are a raster of ``columns``, a square of them.
     """
 
     queries: Tensor
@@ -30,6 +32,7 @@ class QueriesKeys(NamedTuple):
     scale: float
     prefix: int = 0
     group: int = 1
+    columns: int = 0
 
 
 @contextmanager
@@ -55,15 +58,60 @@ def listen(
 
     @torch.no_grad()
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        more = given.pop("kwargs", {})
-        found.append(score(*queries_keys(module, **given, **more)))
+        found.append(score(*queries_keys(module, **_by_name(module, args, kwargs))))
 
     handle = modules[attention.block].register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield found
     finally:
         handle.remove()
+
+
+@contextmanager
+def calls(module: torch.nn.Module) -> Iterator[list[dict[str, Any]]]:
+    """Collect what a module is called with inside the block, by name, call by call."""
+    found: list[dict[str, Any]] = []
+
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(_by_name(module, args, kwargs))
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _by_name(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    given: dict[str, Any] = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    more = given.pop("kwargs", {})
+    return given | more
+
+
+def square_frames(
+    module: Any, hidden_states: Tensor, prefix: int = 0, group: int = 1, **more: Any
+) -> QueriesKeys:
+    """Queries and keys of a ViT's attention, called with square frames ``(frames, n, D)``.
+
+    ``prefix``: tokens that are no patches. ``group``: patches of the square that is one token.
+    ``more`` that the attention is called with says nothing about them.
+    """
+    frames, n = hidden_states.shape[:2]
+    queries, keys = module.q_proj(hidden_states), module.k_proj(hidden_states)
+    if hasattr(module, "q_norm"):
+        queries, keys = module.q_norm(queries), module.k_norm(keys)
+    heads = (-1, module.num_heads, module.head_dim)
+    return QueriesKeys(
+        queries.reshape(heads),
+        keys.reshape(heads),
+        [n] * frames,
+        module.scale,
+        prefix,
+        group,
+        isqrt(n - prefix),
+    )
 
 
 def prompt_texts(

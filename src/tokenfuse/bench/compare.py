@@ -17,7 +17,7 @@ from tokenfuse.bench.candidates import UNCOMPRESSED, Candidate, candidates
 from tokenfuse.bench.memory import peak_memory
 from tokenfuse.engine import prompt_adapter
 from tokenfuse.errors import TokenFuseError
-from tokenfuse.inference import Say, check_repeats, first_token_ms, load, video_inputs
+from tokenfuse.inference import Say, check_repeats, first_token_ms, image_blocks, load, video_inputs
 from tokenfuse.micro import CHECKPOINT
 from tokenfuse.registry import registry
 from tokenfuse.report import Report, versions
@@ -100,8 +100,7 @@ def compare(
     inputs = video_inputs(processor, video, question).to(model.device)
     runs = _answer(model, processor, inputs, chosen, max_new_tokens, say)
     _time(model, inputs, [run for run in runs if run.logits is not None], repeats, say)
-    ids = inputs["input_ids"]
-    tokens = sum(int((ids == adapter.placeholder_id(kind)).sum()) for kind in MODALITIES)
+    tokens = sum(int(adapter.placeholders(inputs, kind).sum()) for kind in MODALITIES)
     plain, *others = runs
     first = Row(
         strategy=UNCOMPRESSED.label,
@@ -163,9 +162,11 @@ class _Run:
     times: list[float] = field(default_factory=list)
     reports: list[Report] = field(default_factory=list)
 
-    def attached(self, model: Any) -> AbstractContextManager[Session | None]:
+    def attached(self, model: Any, inputs: Any) -> AbstractContextManager[Session | None]:
         strategy = self.candidate.strategy
-        return attach(model, strategy) if strategy else nullcontext()
+        if strategy is None:
+            return nullcontext()
+        return attach(model, strategy, image_blocks=image_blocks(inputs))
 
 
 def _answer(
@@ -184,7 +185,7 @@ def _answer(
             continue
         say(f"answering {run.candidate.title}")
         try:
-            with run.attached(model), peak_memory(model.device) as peak:
+            with run.attached(model, inputs), peak_memory(model.device) as peak:
                 ids, logits = generate(model, inputs, max_new_tokens)
         except Exception as error:
             if run.candidate is plain:
@@ -205,7 +206,7 @@ def _time(model: Any, inputs: Any, runs: Sequence[_Run], repeats: int, say: Say)
     for turn in range(repeats):
         say(f"timing the first token, {turn + 1} of {repeats}")
         for run in runs:
-            with run.attached(model) as session:
+            with run.attached(model, inputs) as session:
                 run.times.append(first_token_ms(model, inputs))
             if session and session.report:
                 run.reports.append(session.report)

@@ -2,14 +2,16 @@
 
 Queries and keys are ``(n, heads, d)``, rotated already, of which each frame is a run of
 ``lengths[i]``. A frame begins with ``prefix`` tokens that are no patches, such as a class token;
-``group`` consecutive patches become one visual token. Results are fp32, one value per visual token,
-means over heads that sum to 1 over each frame, or to 0 where a class token attends to nothing but
-the prefix.
+``group`` patches become one visual token: consecutive ones or, where a frame's patches are a raster
+of so many ``columns``, squares of them; what no square covers is in no token. Results are fp32, one
+value per visual token, in the order of patches or squares, means over heads that sum to 1 over each
+frame, or to 0 where a class token attends to nothing but the prefix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import isqrt
 
 import torch
 from jaxtyping import Float
@@ -26,6 +28,7 @@ def attention_received(
     scale: float,
     prefix: int = 0,
     group: int = 1,
+    columns: int = 0,
 ) -> Float[Tensor, " N"]:
     """The attention that each token gets from the class token, the first of the prefix.
 
@@ -38,7 +41,7 @@ def attention_received(
         total = q.new_zeros(k.shape[1])
         for part in q.split(max(1, CHUNK // (k.shape[0] * k.shape[1])), dim=1):
             total += (part @ k.mT * scale).softmax(-1).sum((0, 1))
-        found.append(_shares(total[prefix:], group))
+        found.append(_shares(_pooled(total[prefix:], group, columns).sum(-1)))
     return torch.cat(found)
 
 
@@ -49,13 +52,14 @@ def mean_query_attention(
     scale: float,
     prefix: int = 0,
     group: int = 1,
+    columns: int = 0,
 ) -> Float[Tensor, " N"]:
     """The attention that the mean query of a frame pays to the mean key of each token."""
     found = []
     for q, k in _frames(queries, keys, lengths):
-        tokens = k[:, prefix:].unflatten(1, (-1, group)).mean(2)
-        logits = q[:, prefix:].mean(1, keepdim=True) @ tokens.mT * scale
-        found.append(_shares(logits.softmax(-1).sum((0, 1)), 1))
+        tokens = _pooled(k[:, prefix:].mT, group, columns).mean(-1)
+        logits = q[:, prefix:].mean(1, keepdim=True) @ tokens * scale
+        found.append(_shares(logits.softmax(-1).sum((0, 1))))
     return torch.cat(found)
 
 
@@ -67,6 +71,14 @@ def _frames(
         yield q.transpose(0, 1).float(), k.transpose(0, 1).float()
 
 
-def _shares(total: Tensor, group: int) -> Tensor:
-    tokens: Tensor = total.unflatten(0, (-1, group)).sum(-1)
-    return tokens / total.sum().clamp_min(torch.finfo(total.dtype).tiny)
+def _pooled(x: Tensor, group: int, columns: int) -> Tensor:
+    """The patches of a frame, ``(..., n)``, as those of each token, ``(..., N, group)``."""
+    pooled: Tensor = x.unflatten(-1, (-1, columns or group))
+    if columns:
+        side = isqrt(group)
+        pooled = pooled.unfold(-2, side, side).unfold(-2, side, side).flatten(-2).flatten(-3, -2)
+    return pooled
+
+
+def _shares(tokens: Tensor) -> Tensor:
+    return tokens / tokens.sum().clamp_min(torch.finfo(tokens.dtype).tiny)
