@@ -19,6 +19,8 @@ ADAPTERS = dict.fromkeys(GENERIC, "generic") | {
     "glm46v": "glm4v",
     "llava_siglip": "llava",
     "vipllava": "llava",
+    "llava_next_video": "llava_next",
+    "idefics3": "smolvlm",
 }
 """The adapter of a family whose name is another."""
 

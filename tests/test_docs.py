@@ -1,4 +1,4 @@
-"""The Python in the README and the tutorial runs as it stands, top to bottom."""
+"""The Python in the README and the guides runs as it stands, top to bottom."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ PAGES = (
     "docs/how-to/configure.md",
     "docs/how-to/compare-strategies.md",
     "docs/how-to/use-a-model.md",
+    "docs/how-to/write-a-strategy.md",
+    "docs/how-to/write-an-adapter.md",
 )
 
 

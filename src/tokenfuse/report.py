@@ -144,12 +144,16 @@ def prefill_flops(config: Any, lengths: Sequence[int]) -> int:
 def kv_cache_bytes(config: Any, lengths: Sequence[int], element_bytes: int) -> int:
     """Bytes of keys and values that prompts of these lengths leave in the cache.
 
-    Linear-attention layers keep a state whose size does not depend on the length.
+    Other layers than attention keep a state whose size does not depend on the length.
     """
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    layers = sum("linear" not in kind for kind in kinds)
-    per_token: int = 2 * layers * config.num_key_value_heads * _head_dim(config)
+    per_token: int = 2 * sum(attends(config)) * config.num_key_value_heads * _head_dim(config)
     return per_token * element_bytes * sum(lengths)
+
+
+def attends(config: Any) -> list[bool]:
+    """Which layers of a decoder are attention, not linear attention or a convolution."""
+    kinds = getattr(config, "layer_types", None) or ["attention"] * config.num_hidden_layers
+    return [kind.endswith("attention") and not kind.startswith("linear") for kind in kinds]
 
 
 def _head_dim(config: Any) -> int:

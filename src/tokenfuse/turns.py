@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from tokenfuse.engine import (
     report_on,
     wants_of,
 )
-from tokenfuse.errors import PromptError
+from tokenfuse.errors import PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
 from tokenfuse.realign import count_positions, next_position_delta, shorten
 from tokenfuse.registry import Registry
+from tokenfuse.report import attends
 from tokenfuse.strategies.base import Strategy
 from tokenfuse.timing import Stopwatch
 from tokenfuse.tokens import Modality
@@ -142,6 +144,7 @@ def show_more(
     """
     whole = {name: value for name, value in inputs.items() if name != "past_key_values"}
     check_prompt(adapter, whole)
+    _refuse_old_masks(whole)
     ids, mask = whole["input_ids"], _mask(whole)
     whole["attention_mask"] = mask
     watch = Stopwatch(adapter.model.device)
@@ -211,14 +214,26 @@ def show_more(
     return short, Turn.of(ids, short)
 
 
+def _refuse_old_masks(inputs: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError where transformers masks images after a cached prompt wrongly."""
+    if inputs.get("token_type_ids") is None:
+        return
+    installed = version("transformers")
+    if tuple(map(int, installed.split(".")[:2])) < (5, 23):
+        raise UnsupportedModelError(
+            "a later turn shows something new to a model with token_type_ids, which transformers "
+            f"{installed} masks by the wrong columns, compressed or not; expected 5.23 or newer, "
+            "or a new cache with the whole conversation"
+        )
+
+
 def _refuse_a_gap(adapter: Adapter, valid: Tensor) -> None:
     """Raise PromptError where padding between turns would be read. One host sync for a hybrid."""
-    kinds = getattr(adapter.model.config.get_text_config(), "layer_types", None) or []
-    if any("linear" in kind for kind in kinds) and not bool(valid.all()):
+    if not all(attends(adapter.model.config.get_text_config())) and not bool(valid.all()):
         raise PromptError(
-            "the prompts of a batch lose unequally many tokens in a later turn, and the linear "
-            f"attention of {type(adapter.model).__name__} would read the padding between; expected "
-            "one prompt at a time, or a new cache"
+            "the prompts of a batch lose unequally many tokens in a later turn, and layers of "
+            f"{type(adapter.model).__name__} that are no attention would read the padding between; "
+            "expected one prompt at a time, or a new cache"
         )
 
 

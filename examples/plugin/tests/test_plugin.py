@@ -4,13 +4,13 @@ import functools
 
 import pytest
 import torch
+from tokenfuse_example.checkerboard import Checkerboard
 from transformers import GenerationConfig, Lfm2VlConfig, Lfm2VlForConditionalGeneration
 
 from tokenfuse import VisualTokens
 from tokenfuse.errors import PromptError
 from tokenfuse.testing import AdapterConformance
 from tokenfuse.testing.strategies import StrategyConformance
-from tokenfuse_example.checkerboard import Checkerboard
 
 VOCAB, WORDS = 128, range(5, 96)
 BOS, PAD, IMAGE, START, END, TILE, THUMBNAIL = 4, 112, 113, 114, 115, 116, 120

@@ -132,16 +132,14 @@ def from_pixels(
         grids = [_coarse(n, _patches(s, patch)) for n, s in zip(counts, sizes, strict=True)]
         if None not in grids:
             return [Span(grid) for grid in grids if grid]
-    tiles = pixels.shape[0] if pixels.ndim == 4 else pixels.shape[1]
-    # Rows of tiles are padded to the longest, which therefore has no padding.
-    longest = sum(counts) if pixels.ndim == 4 else max(counts, default=0)
-    per_tile = longest // tiles if tiles and longest % tiles == 0 else 0
+    # Prompts with fewer tiles than others are padded with black ones, which models leave out.
+    tiles = len(pixels) if pixels.ndim == 4 else int((pixels != 0).flatten(2).any(-1).sum())
+    total = sum(counts)
+    per_tile = total // tiles if tiles and total % tiles == 0 else 0
     grid = _coarse(per_tile, _patches(pixels.shape[-2:], patch))
     if grid is None or any(n % per_tile for n in counts):
-        raise _unclear(
-            f"{longest} features of {tiles} tile(s) of {tuple(pixels.shape[-2:])} pixels"
-        )
-    return [Span(grid)] * (sum(counts) // per_tile)
+        raise _unclear(f"{total} features of {tiles} tile(s) of {tuple(pixels.shape[-2:])} pixels")
+    return [Span(grid)] * tiles
 
 
 def from_video_pixels(

@@ -87,7 +87,7 @@ def _by_name(
 ) -> dict[str, Any]:
     given: dict[str, Any] = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     more = given.pop("kwargs", {})
-    return given | more
+    return {**given, **more}
 
 
 def square_frames(

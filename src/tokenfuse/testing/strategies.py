@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -40,6 +41,7 @@ GRIDS: SearchStrategy[Grid] = st.one_of(
 )
 """Small grids for hypothesis: odd sides, single frames, rows, columns and places among them."""
 
+FEW_KINDS: Sequence[Kind] = ("video", "scenes", "random")
 WIDTH = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -127,6 +129,8 @@ class _Made:
         self.tokens = tokens_of(case.grid, case.kind, case.seed)
         self.count = None
         """How many tokens have to stay, where that is known."""
+        # Its own, which is a default where none was asked for.
+        ratio = getattr(self.strategy, "keep_ratio", None)
         if ratio is not None and kit.exact:
             self.count = _count(self.strategy, case.grid, budget(ratio, self.n))
 
@@ -353,11 +357,11 @@ class StrategyConformance:
     def test_fusing_keeps_the_dtype(self) -> None:
         """Else the model is given features of a dtype that its weights do not have."""
         for options in self._options(0.3, 1.0):
-            for dtype in DTYPES:
-                tokens = tokens_of((6, 4, 4), dtype=dtype)
+            for kind, dtype in itertools.product(FEW_KINDS, DTYPES):
+                tokens = tokens_of((6, 4, 4), kind, dtype=dtype)
                 strategy = self.make(**options)
                 fused = strategy.fuse(strategy.plan(tokens), tokens.features).dtype
-                assert fused == dtype, f"{dtype} in, {fused} out, with {options}"
+                assert fused == dtype, f"{dtype} in, {fused} out, with {options}, {kind}"
 
     def test_what_survives_can_be_trained_through(self) -> None:
         """Else nothing before the strategy learns: gradients are there, finite and not all zero."""
@@ -391,16 +395,17 @@ class StrategyConformance:
 
         The plan is that of a new strategy, whatever it planned before, and at each repetition.
         """
-        kinds: tuple[Kind, ...] = ("video", "scenes", "identical")
+        grids = ((6, 4, 4), (5, 3, 4))
+        others = [tokens_of(grid, "random", seed=8) for grid in grids]
         for options in self._options(0.3):
-            for kind in kinds:
+            plans = [self._plan(other, options) for other in others]
+            for kind in (*FEW_KINDS, "identical"):
                 tokens, used = tokens_of((6, 4, 4), kind), self.make(**options)
                 first = self._plan(tokens, options)
-                _same(_plan(used, tokens), first, "a strategy of its own")
+                _same(_plan(used, tokens), first, "another new strategy")
                 _same(_plan(used, tokens), first, "a repetition")
-                for grid in ((6, 4, 4), (5, 3, 4)):
-                    other = tokens_of(grid, "random", seed=8)
-                    _same(_plan(used, other), self._plan(other, options), "having planned before")
+                for other, plan in zip(others, plans, strict=True):
+                    _same(_plan(used, other), plan, "having planned before")
                 _same(_plan(used, tokens), first, "having planned in between")
 
     def test_the_dtype_changes_no_selection(self) -> None:
@@ -408,9 +413,8 @@ class StrategyConformance:
 
         For equal values: scores should be computed in fp32, or in fp64 for fp64.
         """
-        kinds: tuple[Kind, ...] = ("video", "scenes", "random")
         for options in self._options(0.3):
-            for kind in kinds:
+            for kind in FEW_KINDS:
                 plan = self._plan(tokens_of((6, 4, 4), kind), options)
                 for dtype in DTYPES[1:]:
                     tokens = tokens_of((6, 4, 4), kind, dtype=dtype)
