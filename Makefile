@@ -14,13 +14,21 @@ INSTALL := $(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test lint docs clean help
+.PHONY: demo test test-lowest lint docs clean help
 
 demo: $(VENV)/.installed ## answer a question about a video, with and without compression
 	$(BIN)/tokenfuse run $(ARGS)
 
 test: $(VENV)/.installed-test ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+# Beside the installed release, which it hides, so that nothing else has to be installed again.
+LOWEST := $(VENV)/lowest
+test-lowest: $(VENV)/.installed-test ## run the adapters' tests on the oldest transformers
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(LOWEST) \
+	    transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).0
+	PYTHONPATH=$(LOWEST) $(BIN)/python -m pytest tests/test_adapters.py tests/test_oracle.py \
+	    tests/test_prompts.py tests/test_attach.py tests/test_llava.py $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check format, lint and types
 	$(BIN)/ruff format --check .
@@ -32,10 +40,10 @@ docs: $(VENV)/.installed-docs ## build the documentation into site/
 
 clean: ## remove everything that the other targets create
 	rm -rf .venv build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
+	find src tests examples -type d -name __pycache__ -prune -exec rm -rf {} +
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and \

@@ -49,5 +49,4 @@ def facts(cls):
         "rope": "1-D" if positions.ndim == 2 else f"M-RoPE, {len(positions)} rows",
         "deepstack": any(getattr(x, "deepstack_features", None) is not None for x in outputs),
         "saliency": "saliency" in adapter.supplies,
-        "oracle": "masked" if kit.masked else "deleted",
     }

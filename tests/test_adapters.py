@@ -39,7 +39,6 @@ def kit(family, **options):
 
 
 OPTIONS = {
-    "qwen3_5": {"masked": False},
     # What it is asked is read in both directions, what it answers is not.
     "paligemma": {"causal": False, "text_type": 1},
 }

@@ -16,7 +16,8 @@ from tokenfuse.strategies.base import Attention, Wants
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NAMES = "qwen2_5_vl internvl smolvlm idefics3 gemma3 llava_next llava_next_video".split()
+NAMES = ["qwen2_5_vl", "internvl", "smolvlm", "idefics3", "gemma3", "llava_next"]
+NAMES.append("llava_next_video")
 CASES = [(name, kind) for name in NAMES for kind in FAMILIES[name].modalities]
 PREFIX = {"internvl": 1, "llava_next": 1, "llava_next_video": 1}
 
@@ -225,11 +226,7 @@ def test_squares_of_patches_are_pooled(rows, columns, side, prefix):
     mean = kernel.mean_query_attention(q, k, [n, n], 0.7, **options)
     h, w = rows // side, columns // side
     squares = [
-        [
-            prefix + (i * side + y) * columns + j * side + x
-            for y in range(side)
-            for x in range(side)
-        ]
+        [prefix + (i * side + y) * columns + j * side + x for y in range(side) for x in range(side)]
         for i in range(h)
         for j in range(w)
     ]
@@ -289,7 +286,7 @@ def cut_short(inputs):
     [
         (without_sizes, "image_sizes is missing"),
         (other_sizes, r"shows 40 image placeholder\(s\), the image features are 36"),
-        (more_images, r"hold \(1, 3\) tiles, image_sizes describe \[3, 3\]"),
+        (more_images, r"image_sizes describe (\[3, 3\]|2 images, batch_num_images 1)"),
         (fewer_tiles, r"hold \(1, 2\) tiles, image_sizes describe \[3\]"),
         (cut_short, "placeholder"),
     ],
@@ -322,6 +319,21 @@ def test_interpolated_tiles_have_the_layout_that_the_model_gives_them():
     assert [x.grid for x in items] == [(1, 4, 4), (1, 4, 3)]
     newline = adapter.model.base_model.image_newline
     assert not any((x.features == newline).all(-1).any() for x in items)
+
+
+@pytest.mark.parametrize(("size", "newlines"), [([1, 48], 0), ([48, 1], 8)])
+def test_an_image_that_is_all_margin_is_its_overview(size, newlines):
+    adapter = adapter_of("llava_next")
+    inputs = FAMILIES["llava_next"].prompt([[("image", 1), ("text", 2)]])
+    inputs["image_sizes"] = torch.tensor([size])
+    inputs["input_ids"] = torch.tensor(
+        [[4, *[adapter.placeholder_id("image")] * (16 + newlines), 9]]
+    )
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    (image,) = items_of(adapter, inputs, Attention(0))
+    assert image.grid == (1, 4, 4)
+    torch.testing.assert_close(image.saliency.sum(), torch.tensor(1.0))
+    assert len(tokenfuse.compress(adapter.model, inputs, "attention").plans["image"]) == 1
 
 
 def test_interpolated_tokens_have_no_saliency():

@@ -4,13 +4,12 @@ import functools
 
 import pytest
 import torch
-from tokenfuse_example.checkerboard import Checkerboard
 from transformers import GenerationConfig, Lfm2VlConfig, Lfm2VlForConditionalGeneration
 
 from tokenfuse import VisualTokens
 from tokenfuse.errors import PromptError
-from tokenfuse.testing import AdapterConformance
-from tokenfuse.testing.strategies import StrategyConformance
+from tokenfuse.testing import AdapterConformance, StrategyConformance
+from tokenfuse_example.checkerboard import Checkerboard
 
 VOCAB, WORDS = 128, range(5, 96)
 BOS, PAD, IMAGE, START, END, TILE, THUMBNAIL = 4, 112, 113, 114, 115, 116, 120
@@ -113,8 +112,16 @@ class TestLfm2VL(AdapterConformance):
     modalities = ("image",)
     model = staticmethod(functools.cache(build))
     prompt = staticmethod(prompt)
-    # Its convolutions read a token's neighbours, whatever a mask says.
-    masked = False
+
+    def grids(self, case):
+        images = [seed for row in self.cases()[case] for kind, seed in row if kind == "image"]
+        return [(1, h // FACTOR, w // FACTOR) for seed in images for h, w in SHAPES[seed % 3]]
+
+    def test_each_tile_is_an_item_of_its_own_shape(self):
+        inputs = prompt([[("image", 0), ("image", 1), ("image", 2), ("text", 1)]])
+        items = self.compress(self.model("sdpa"), inputs).report.items
+        grids = [(1, 2, 3), (1, 3, 2), (1, 2, 2), (1, 2, 2), (1, 2, 4)]
+        assert [item.grid for item in items] == grids
 
     @pytest.mark.parametrize(
         ("change", "message"),

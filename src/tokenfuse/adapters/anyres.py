@@ -57,16 +57,16 @@ class AnyRes(Adapter):
     ) -> list[Span]:
         if modality == "video":
             return super().spans(inputs, modality, entries)
-        tiles, side, found = self.tiles(inputs), self.side, list[Span]()
+        side, found = self.side, list[Span]()
         # Newlines among nothing else.
-        blank = torch.zeros(sum(tiles), side**2, 1)
-        for n, packed in zip(tiles, self.pack(inputs, blank, torch.ones(1)), strict=True):
-            if n == 1:
-                found.append(Span((1, side, side), tail=1))
-                continue
+        blank = torch.zeros(sum(self.tiles(inputs)), side**2, 1)
+        for packed in self.pack(inputs, blank, torch.ones(1)):
             rows = int(packed.sum())
-            width = (len(packed) - side**2) // rows
-            found += [Span((1, side, side)), Span((1, rows, width - 1), per_row=1)]
+            columns = (len(packed) - side**2) // max(rows, 1) - 1
+            if columns > 0:
+                found += [Span((1, side, side)), Span((1, rows, columns), per_row=1)]
+            else:  # one tile, or an image so narrow that it is all margin
+                found.append(Span((1, side, side), tail=rows))
         return found
 
     def check(self, inputs: Mapping[str, Any], modality: Modality) -> None:

@@ -239,7 +239,7 @@ class Adapter(ModelAdapter):
             frames = modality == "image" and image_blocks == "frames"
             kind: Modality = "video" if frames else modality
             attention = wants.get(kind, Wants()).attention
-            with self.listen(attention) as heard:
+            with self.listen(attention, inputs, modality) as heard:
                 output = self._encode(inputs, modality)
             if attention and not heard:
                 raise UnsupportedModelError(
@@ -261,8 +261,12 @@ class Adapter(ModelAdapter):
             for x in found
         ]
 
-    def listen(self, attention: Attention | None) -> AbstractContextManager[list[Tensor]]:
+    def listen(
+        self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
+    ) -> AbstractContextManager[list[Tensor]]:
         """Collect the saliency ``(N,)`` of every call of the vision tower inside the block.
+
+        ``inputs`` and ``modality`` are what the tower is about to read.
 
         An adapter that supplies saliency overrides this, with ``supply.listen``.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from torch import Tensor
 from tokenfuse.adapters.base import Adapter
 from tokenfuse.adapters.supply import listen, square_frames
 from tokenfuse.strategies.base import Attention, Need
+from tokenfuse.tokens import Modality
 
 
 class Gemma3(Adapter):
@@ -30,7 +32,9 @@ class Gemma3(Adapter):
         tower = getattr(vision, "model_type", None)
         return super().matches(model) and tower == "siglip_vision_model"
 
-    def listen(self, attention: Attention | None) -> AbstractContextManager[list[Tensor]]:
+    def listen(
+        self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
+    ) -> AbstractContextManager[list[Tensor]]:
         base = self.model.base_model
         blocks = [layer.self_attn for layer in base.vision_tower.encoder.layers]
         group = base.multi_modal_projector.kernel_size**2

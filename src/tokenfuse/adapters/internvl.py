@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from torch import Tensor
 from tokenfuse.adapters.base import Adapter
 from tokenfuse.adapters.supply import listen, square_frames
 from tokenfuse.strategies.base import Attention, Need
+from tokenfuse.tokens import Modality
 
 
 class InternVL(Adapter):
@@ -28,7 +30,9 @@ class InternVL(Adapter):
     def matches(cls, model: Any) -> bool:
         return super().matches(model) and model.config.vision_config.model_type == "internvl_vision"
 
-    def listen(self, attention: Attention | None) -> AbstractContextManager[list[Tensor]]:
+    def listen(
+        self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
+    ) -> AbstractContextManager[list[Tensor]]:
         blocks = [layer.attention for layer in self.model.base_model.vision_tower.encoder.layer]
         group = round(1 / self.model.config.downsample_ratio) ** 2
         return listen(blocks, attention, partial(square_frames, prefix=1, group=group))

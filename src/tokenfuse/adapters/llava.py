@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from tokenfuse.adapters.base import Adapter
 from tokenfuse.adapters.layout import Span
-from tokenfuse.adapters.supply import QueriesKeys, listen
+from tokenfuse.adapters.supply import listen, square_frames
 from tokenfuse.strategies.base import Attention, Need
 from tokenfuse.tokens import Modality
 
@@ -43,16 +44,9 @@ class Llava(Adapter):
             return [Span((1, side, side), head=1)] * len(entries)
         return super().spans(inputs, modality, entries)
 
-    def listen(self, attention: Attention | None) -> AbstractContextManager[list[Tensor]]:
-        layers = self.model.model.vision_tower.encoder.layers
+    def listen(
+        self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
+    ) -> AbstractContextManager[list[Tensor]]:
+        blocks = [layer.self_attn for layer in self.model.base_model.vision_tower.encoder.layers]
         prefix = TOWERS[self.model.config.vision_config.model_type]
-
-        def queries_keys(module: Any, hidden_states: Tensor, **_: Any) -> QueriesKeys:
-            heads = (-1, module.num_heads, module.head_dim)
-            queries, keys = module.q_proj(hidden_states), module.k_proj(hidden_states)
-            lengths = [hidden_states.shape[1]] * hidden_states.shape[0]
-            return QueriesKeys(
-                queries.reshape(heads), keys.reshape(heads), lengths, module.scale, prefix
-            )
-
-        return listen([layer.self_attn for layer in layers], attention, queries_keys)
+        return listen(blocks, attention, partial(square_frames, prefix=prefix))

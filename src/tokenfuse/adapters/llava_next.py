@@ -20,29 +20,22 @@ from tokenfuse.tokens import Modality
 class LlavaNext(AnyRes):
     """LLaVA-NeXT, LLaVA-NeXT-Video: tiles of images, squares of patches of videos, 1-D rope.
 
-    Saliency is what the class token of a tile or a frame pays. Of an image's joined tiles each
-    counts alike, and what is cut off does not.
+    Saliency in a CLIP tower is what the class token of a tile or a frame pays. Of an image's joined
+    tiles each counts alike, and what is cut off does not.
     """
 
     name: ClassVar[str] = "llava_next"
     supplies: ClassVar[frozenset[Need]] = frozenset({"saliency", "text"})
     family: ClassVar[tuple[str, ...]] = ("llava_next", "llava_next_video")
-    _attention: Attention | None = None
 
     @classmethod
     def matches(cls, model: Any) -> bool:
         return super().matches(model) and model.config.vision_config.model_type in TOWERS
 
     @contextmanager
-    def listen(self, attention: Attention | None) -> Iterator[list[Tensor]]:
-        # How patches become tokens depends on what the tower is about to read.
-        self._attention, self._heard = attention, list[Tensor]()
-        try:
-            yield self._heard
-        finally:
-            self._attention = None
-
-    def _encode(self, inputs: Mapping[str, Any], modality: Modality) -> Any:
+    def listen(
+        self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
+    ) -> Iterator[list[Tensor]]:
         config, video = self.model.config, modality == "video"
         blocks = [layer.self_attn for layer in self.model.base_model.vision_tower.encoder.layers]
         square = partial(
@@ -50,11 +43,10 @@ class LlavaNext(AnyRes):
             prefix=TOWERS[config.vision_config.model_type],
             group=config.spatial_pool_stride**2 if video else 1,
         )
-        with supply.listen(blocks, self._attention, square) as heard:
-            output = super()._encode(inputs, modality)
-        for found in heard:
-            self._heard += [found] if video else self._joined(inputs, found)
-        return output
+        with supply.listen(blocks, attention, square) as heard:
+            yield heard
+        if not video:
+            heard[:] = [part for found in heard for part in self._joined(inputs, found)]
 
     def _joined(self, inputs: Mapping[str, Any], found: Tensor) -> list[Tensor]:
         whole = self.side**2

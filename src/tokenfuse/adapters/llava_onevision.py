@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from tokenfuse.adapters.anyres import AnyRes
+from tokenfuse.errors import PromptError
 
 
 class LlavaOnevision(AnyRes):
@@ -22,6 +23,11 @@ class LlavaOnevision(AnyRes):
         found, images = super().tiles(inputs), inputs.get("batch_num_images")
         if images is None:
             return found
+        if len(found) != int(sum(images)):
+            raise PromptError(
+                f"image_sizes describe {len(found)} images, batch_num_images {int(sum(images))}: "
+                "pass all that one processor call returns"
+            )
         # Of several images in a prompt none is cut.
         alone = [int(n) == 1 for n in images for _ in range(int(n))]
         return [n if cut else 1 for n, cut in zip(found, alone, strict=True)]

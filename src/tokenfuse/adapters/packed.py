@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from tokenfuse.adapters.base import Adapter
 from tokenfuse.adapters.supply import QueriesKeys, listen
 from tokenfuse.strategies.base import Attention, Need
+from tokenfuse.tokens import Modality
 
 
 class Packed(Adapter):
@@ -18,7 +20,9 @@ class Packed(Adapter):
 
     supplies: ClassVar[frozenset[Need]] = frozenset({"saliency", "text"})
 
-    def listen(self, attention: Attention | None) -> AbstractContextManager[list[Tensor]]:
+    def listen(
+        self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
+    ) -> AbstractContextManager[list[Tensor]]:
         blocks = [block.attn for block in self.model.base_model.visual.blocks]
         return listen(blocks, attention, queries_keys)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from tokenfuse.adapters.packed import Packed
 from tokenfuse.adapters.supply import calls
 from tokenfuse.strategies.base import Attention
+from tokenfuse.tokens import Modality
 
 
 class Qwen25VL(Packed):
@@ -25,8 +26,13 @@ class Qwen25VL(Packed):
     family: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
 
     @contextmanager
-    def listen(self, attention: Attention | None) -> Iterator[list[Tensor]]:
-        with calls(self.model.base_model.visual) as towers, super().listen(attention) as heard:
+    def listen(
+        self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
+    ) -> Iterator[list[Tensor]]:
+        with (
+            calls(self.model.base_model.visual) as towers,
+            super().listen(attention, inputs, modality) as heard,
+        ):
             yield heard
         if attention is not None:
             for i, (call, found) in enumerate(zip(towers, heard, strict=True)):

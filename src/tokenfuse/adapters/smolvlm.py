@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from tokenfuse.adapters.base import Adapter
 from tokenfuse.adapters.supply import QueriesKeys, calls, listen, square_frames
 from tokenfuse.errors import UnsupportedModelError
 from tokenfuse.strategies.base import Attention, Need
+from tokenfuse.tokens import Modality
 
 
 class SmolVLM(Adapter):
@@ -26,7 +27,9 @@ class SmolVLM(Adapter):
     family: ClassVar[tuple[str, ...]] = ("smolvlm", "idefics3")
 
     @contextmanager
-    def listen(self, attention: Attention | None) -> Iterator[list[Tensor]]:
+    def listen(
+        self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
+    ) -> Iterator[list[Tensor]]:
         tower, group = self.model.base_model.vision_model, self.model.config.scale_factor**2
 
         def queries_keys(module: Any, hidden_states: Tensor, **_: Any) -> QueriesKeys:

@@ -17,6 +17,7 @@ from tokenfuse.engine import CompressedInputs, prompt_adapter
 from tokenfuse.errors import AttachError, PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
 from tokenfuse.registry import Registry, registry
+from tokenfuse.report import attends
 from tokenfuse.strategies.base import Attention, Strategy, Wants
 from tokenfuse.testing.oracle import DeletedRun, MaskedRun
 from tokenfuse.tokens import Modality, VisualTokens
@@ -86,7 +87,8 @@ class AdapterConformance:
     ``model(attention)`` is the model in eval mode with attention ``"sdpa"`` or ``"eager"``, and
     without an end token. ``prompt(rows, side)`` are the processor's inputs for a batch of prompts,
     padded on ``side``, ``attention_mask`` included. A row is a list of parts, each a kind
-    (``"text"``, ``"image"``, ``"video"``) and a seed; equal seeds mean equal content.
+    (``"text"``, ``"image"``, ``"video"``) and a seed. Equal seeds mean equal content, other seeds
+    other content and, where the model allows it, another size; a text has two tokens or more.
     """
 
     adapter: ClassVar[str | None] = None
@@ -103,8 +105,6 @@ class AdapterConformance:
     beams: ClassVar[bool] = True
     """Whether the model itself can search with beams when it is shown something."""
     image_blocks: ClassVar[ImageBlocks] = "images"
-    masked: ClassVar[bool] = True
-    """Whether a mask hides a token from every layer; False with linear attention among them."""
     causal: ClassVar[bool] = True
     """Whether text sees only what comes before it."""
     text_type: ClassVar[int] = 0
@@ -159,6 +159,13 @@ class AdapterConformance:
         batch.append([("text", 12), (other, 8), ("text", 13), ("text", 14), ("text", 15)])
         return found | {"left": batch, "right": batch}
 
+    def grids(self, case: str) -> list[tuple[int, int, int]] | None:
+        """The grids ``(T, H, W)`` that the items of a prompt have, images first; None if unsaid.
+
+        With 1-D rope nothing else tells a grid from one with rows and columns exchanged.
+        """
+        return None
+
     def inputs(self, case: str) -> dict[str, Any]:
         """The prompt of that name."""
         return self.prompt(self.cases()[case], "right" if case == "right" else "left")
@@ -200,7 +207,7 @@ class AdapterConformance:
 
     def run(self, model: Any, inputs: Mapping[str, Any], hidden: Tensor) -> MaskedRun:
         """The full-length run in which ``hidden (B, L)`` is hidden."""
-        kind = MaskedRun if self.masked else DeletedRun
+        kind = MaskedRun if _masked(model) else DeletedRun
         never = self.never(model)
         return kind(model, inputs, hidden, never=never, text_type=self.text_type)
 
@@ -248,6 +255,27 @@ class AdapterConformance:
         for item in report.items:
             assert item.tokens_before == item.grid[0] * item.grid[1] * item.grid[2]
         assert report.tokens_after < report.tokens_before
+        expected = self.grids(case)
+        assert expected in (None, [item.grid for item in report.items])
+
+    def test_places_are_those_of_the_rope(self, case: str) -> None:
+        """Rows and columns of the grid are the rows and columns that M-RoPE gives the tokens."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(case)
+        adapter = self.adapter_of(model)
+        positions = adapter.positions(inputs)
+        if positions.ndim == 2:
+            pytest.skip("1-D rope knows no rows and columns")
+        with torch.no_grad():
+            encoded = adapter.encode(inputs, image_blocks=self.image_blocks)
+        for part in encoded:
+            here = self.placeholders(model, inputs, part.modality)
+            rope = positions[-2:].expand(2, *here.shape)[:, here]
+            rope = rope.split([span.size for span in part.spans], -1)
+            for span, tokens, own in zip(part.spans, part.items, rope, strict=True):
+                t, h, w = span.grid
+                frames = own[:, span.tokens()].view(2, t, h * w)
+                places = tokens.coords[:, 1:].T.reshape(2, t, h * w)
+                assert torch.equal(frames - frames[..., :1], places)
 
     # The prompt
 
@@ -497,7 +525,7 @@ class AdapterConformance:
         with self.attach(model) as session:
             out = self.generate(model, inputs)
             whole = self.conversation(first, second, out.sequences)
-            if side == "right" and not self.masked:
+            if side == "right" and not _masked(model):
                 # Other layers than attention would read the padding between the turns of a batch.
                 with pytest.raises(PromptError, match="padding between"):
                     self.generate(model, whole | {"past_key_values": out.past_key_values})
@@ -666,6 +694,11 @@ def _halved(features: Tensor, span: Span) -> Tensor:
     stay = torch.ones(span.size, dtype=torch.bool)
     stay[second] = False
     return rows[stay]
+
+
+def _masked(model: Any) -> bool:
+    """Whether a mask hides a token from every layer of the decoder."""
+    return all(attends(model.config.get_text_config()))
 
 
 def _mask(inputs: Mapping[str, Any], ids: Tensor) -> dict[str, Tensor]:

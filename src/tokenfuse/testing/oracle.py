@@ -111,7 +111,12 @@ class DeletedRun(MaskedRun):
                 own[0] = torch.arange(own.shape[-1])
             embeds = given["inputs_embeds"][row : row + 1, seen]
             states = self.model.get_decoder()(
-                inputs_embeds=embeds, position_ids=own, use_cache=False, return_dict=True
+                inputs_embeds=embeds,
+                position_ids=own,
+                # Without a mask, gaps in 1-D positions would mean several packed prompts.
+                attention_mask=torch.ones_like(embeds[..., 0], dtype=torch.long),
+                use_cache=False,
+                return_dict=True,
             )
             logits = self.model.lm_head(states.last_hidden_state)[0]
             whole = logits.new_zeros(len(seen), logits.shape[-1])

@@ -43,6 +43,7 @@ GRIDS: SearchStrategy[Grid] = st.one_of(
 
 FEW_KINDS: Sequence[Kind] = ("video", "scenes", "random")
 WIDTH = 16
+LONG: Grid = (48, 20, 20)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -202,8 +203,6 @@ def _counted(made: _Made) -> None:
 
 
 def _untouched(made: _Made) -> None:
-    if made.count == made.n:
-        assert made.plan.is_identity, "not all tokens stay, though all were asked for"
     if made.plan.is_identity:
         # Which dtype comes out is another matter.
         features = made.out.features.to(made.tokens.features.dtype)
@@ -282,12 +281,14 @@ class StrategyConformance:
     def test_a_plan_is_valid(self) -> None:
         """Else there are no such tokens, or a token goes into one that is not there.
 
-        On odd grids, on images, and for each budget.
+        On odd grids, on images, for each budget, and for a long video.
         """
         self._hold(_valid)
         for asked in self._budgets:
             if isinstance(asked.plan, FusionPlan):
                 _check(asked.plan, math.prod(asked.grid))
+        if isinstance(self._long, FusionPlan):
+            _check(self._long, math.prod(LONG))
 
     def test_survivors_stay_in_order(self) -> None:
         """Else the model sees the video in another order than it was shown."""
@@ -419,6 +420,12 @@ class StrategyConformance:
                 for dtype in DTYPES[1:]:
                     tokens = tokens_of((6, 4, 4), kind, dtype=dtype)
                     _same(self._plan(tokens, options), plan, f"{dtype}, {kind}, {options}")
+                # Rounding in fp16 is seen where many scores are close. So is that of fp32 against
+                # fp64, which is nobody's fault.
+                plan = self._plan(tokens_of((8, 8, 8), kind), options)
+                for dtype in (torch.bfloat16, torch.float16):
+                    tokens = tokens_of((8, 8, 8), kind, dtype=dtype)
+                    _same(self._plan(tokens, options), plan, f"{dtype}, {kind}, {options}")
 
     def test_strided_features_give_the_same_plan(self) -> None:
         """Else it depends on how a tensor lies in memory: adapters hand over slices and views."""
@@ -461,13 +468,8 @@ class StrategyConformance:
 
         N is 19 200. Compare tokens block by block, or within frames.
         """
-        grid = (48, 20, 20)
-        n = math.prod(grid)
-        tokens = tokens_of(grid, "palette", width=8)
-        strategy = self.make(**self._options(0.02)[-1])
-        with _Limit(n * n // 20):
-            plan = strategy.plan(tokens)
-        _check(plan, n)
+        if isinstance(self._long, Exception):
+            raise self._long
 
     def test_describe_makes_it_again(self) -> None:
         """Else a report or a saved configuration does not say what was run.
@@ -544,6 +546,22 @@ class StrategyConformance:
             return []
         budgets: list[_Budget] = self._once("budgets", plan_all)
         return budgets
+
+    @property
+    def _long(self) -> FusionPlan | Exception:
+        """The plan for a long video, or the error that there was instead."""
+
+        def plan_long() -> FusionPlan | Exception:
+            tokens = tokens_of(LONG, "palette", width=8)
+            strategy = self.make(**self._options(0.02)[-1])
+            try:
+                with _Limit(math.prod(LONG) ** 2 // 20):
+                    return strategy.plan(tokens)
+            except Exception as error:
+                return error
+
+        long: FusionPlan | Exception = self._once("long", plan_long)
+        return long
 
     def _hold(self, judge: Judge) -> None:
         """Fail unless ``judge`` accepts what is made of every case that hypothesis tries."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from tokenfuse import FusionPlan, Strategy, VisualTokens
 
 # Which of (t, h, w) are counted. Time always is, so that the pattern moves.
-AXES = {"diagonal": (0, 1, 2), "rows": (0, 1), "columns": (0, 2)}
+AXES = {"diagonal": [0, 1, 2], "rows": [0, 1], "columns": [0, 2]}
 
 
 class Checkerboard(Strategy):
@@ -34,5 +34,5 @@ class Checkerboard(Strategy):
 
     def _kept(self, grid: tuple[int, int, int]) -> Tensor:
         """Which places stay, ``(N,)``; the first one always does."""
-        index = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
-        return (sum(index[axis] for axis in AXES[self.pattern]) % self.period == 0).flatten()
+        index = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
+        return (index[AXES[self.pattern]].sum(0) % self.period == 0).flatten()
