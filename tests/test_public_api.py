@@ -48,7 +48,8 @@ def test_importing_tokenfuse_is_light():
     code = (
         "import sys, tokenfuse\n"
         "tokenfuse.strategy('ttf'), tokenfuse.strategies(), tokenfuse.adapters()\n"
-        "heavy = {'transformers', 'torchvision', 'typer', 'rich', 'av', 'matplotlib', 'PIL'}\n"
+        "heavy = {'transformers', 'torchvision', 'typer', 'rich', 'av', 'matplotlib', 'PIL',"
+        " 'pytest', 'hypothesis', 'tokenfuse.testing'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -1,5 +1,13 @@
 """Conformance kits: pytest classes that prove an adapter or a strategy. Needs tokenfuse[test]."""
 
+import pytest
+
+# Asserts of the kits show what they compared, as those of test modules do; said before the imports.
+pytest.register_assert_rewrite(
+    "tokenfuse.testing.adapters", "tokenfuse.testing.oracle", "tokenfuse.testing.strategies"
+)
+
+# ruff: noqa: E402
 from tokenfuse.testing.adapters import AdapterConformance, Part
 from tokenfuse.testing.oracle import DeletedRun, MaskedRun
 from tokenfuse.testing.strategies import StrategyConformance, features_of, tokens_of

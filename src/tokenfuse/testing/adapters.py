@@ -367,11 +367,9 @@ class AdapterConformance:
         assert short["input_ids"].shape[1] < inputs["input_ids"].shape[1]
         self.close(mine, oracle.logits()[oracle.seen])
 
-    def test_generated_tokens_equal_the_masked_run(
-        self, attention: str, answered: str, dropped: str
-    ) -> None:
+    def test_generated_tokens_equal_the_masked_run(self, answered: str, dropped: str) -> None:
         """The oracle for answers: every token, and the logits that chose it."""
-        model, inputs = self.model(attention), self.inputs(answered)
+        model, inputs = self.model(self.attentions[0]), self.inputs(answered)
         short = self.compress(model, inputs, DROPS[dropped])
         tokens, logits = self.oracle(model, inputs, short.plans).answer(STEPS)
         out = self.generate(model, short)
