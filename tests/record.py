@@ -27,9 +27,19 @@ def write(path, outcomes):
     """Put the outcomes into the file, under the version of transformers."""
     recorded = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     recorded[transformers.__version__] = {
-        cls.__name__.removeprefix("Test_"): facts(cls) | found for cls, found in outcomes.items()
+        cls.__name__.removeprefix("Test_"): entry(cls, found) for cls, found in outcomes.items()
     }
     path.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n", "utf-8")
+
+
+def entry(cls, found):
+    """What the page says of one class, or why the model cannot run in this transformers."""
+    kit = cls()
+    try:
+        kit.model(kit.attentions[0])(**kit.inputs(kit.modalities[0]))
+    except Exception as error:
+        return {"reason": f"its own forward raises {type(error).__name__}"}
+    return facts(cls) | found
 
 
 def facts(cls):

@@ -87,6 +87,8 @@ def _number(version: str) -> tuple[int, ...]:
 def _result(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return "not run"
+    if "reason" in entry:
+        return str(entry["reason"])
     failed = f", **{entry['failed']} failed**" if entry["failed"] else ""
     return f"{entry['passed']} passed, {entry['skipped']} skipped{failed}"
 
