@@ -46,7 +46,7 @@ OPTIONS = {
 FRAMES = {"adapter": None, "modalities": ("video",), "mixed": False, "several": False}
 
 if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
-    skipped = pytest.mark.skip(reason="in 5.19.0 its own forward raises, on a model so small")
+    skipped = pytest.mark.skip(reason="in 5.19.0 the forward of this model itself raises")
     OPTIONS["vipllava"] = {"pytestmark": [skipped]}
 
 for family in FAMILIES.values():
