@@ -67,7 +67,7 @@ def mcnemar(before: Right, after: Right) -> float:
     _check(before, after)
     lost, gained = int((before & ~after).sum()), int((~before & after).sum())
     changed, fewer = lost + gained, min(lost, gained)
-    tail = sum(comb(changed, k) for k in range(fewer + 1)) / 2**changed
+    tail: float = sum(comb(changed, k) for k in range(fewer + 1)) / 2**changed
     return min(1.0, 2 * tail)
 
 
