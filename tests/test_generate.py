@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import threading
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from models import (
     batch,
     build,
     compress,
+    drop,
     frames,
     model_of,
     one_video,
@@ -509,7 +511,9 @@ def test_a_new_video_without_the_pixels_of_the_whole_conversation_is_refused(mod
         rest = {k: other[k] for k in ("pixel_values_videos", "video_grid_thw")}
         with pytest.raises(PromptError, match="takes the processor's output for the whole"):
             model.generate(input_ids=ids, past_key_values=out.past_key_values, **rest)
-        with pytest.raises(PromptError, match="a later call of the model brings a new video"):
+        with pytest.raises(
+            PromptError, match="a later call of the model brings a new image or video"
+        ):
             model(input_ids=other["input_ids"], past_key_values=out.past_key_values, **rest)
 
 
@@ -531,6 +535,161 @@ def test_a_video_after_a_text_only_turn_is_compressed(model):
         assert session.report.tokens_after < session.report.tokens_before
     oracle = Oracle(model, whole, compress(model, whole).plans)
     assert torch.equal(later[:, length(whole) :], oracle.answer(5)[0])
+
+
+def test_the_text_prompt_in_a_cache_keeps_its_positions_whatever_came_between(model):
+    """The model's own rope delta is that of the prompt which it read last."""
+    said = prompt([user("Hello, what is this?")])
+    expected = model.generate(**said, max_new_tokens=4, return_dict_in_generate=True)
+    ids = torch.cat([expected.sequences, tokens(TURNS[0])], -1)
+    expected = model.generate(
+        input_ids=ids, past_key_values=expected.past_key_values, max_new_tokens=5
+    )
+    with attach(model) as session:
+        first = session.encode(said)
+        out = first_turn(model, said)
+        for between in (one_video(), two_videos()):
+            model.generate(**between, max_new_tokens=2)
+            cache = copy.deepcopy(out.past_key_values)
+            assert torch.equal(
+                model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=5), expected
+            )
+            rest = ids[:, length(said) :]
+            assert torch.equal(session.ask(first, rest, max_new_tokens=5), expected)
+
+
+def test_padding_of_a_later_turn_without_a_mask_is_hidden(model):
+    """As generate hides it: an answer that ended early is followed by padding."""
+    inputs, pad = batch(rows=(0, 1)), model.generation_config.pad_token_id
+    with attach(model) as session:
+        out = first_turn(model, inputs)
+        ids = torch.cat([out.sequences, tokens(TURNS[0], 2)], -1)
+        ids[0, length(inputs) + 4 : length(inputs) + 6] = pad
+        mask = torch.cat([inputs["attention_mask"], (ids[:, length(inputs) :] != pad).long()], -1)
+        caches = [copy.deepcopy(out.past_key_values) for _ in range(2)]
+        options = {"input_ids": ids, "max_new_tokens": 4}
+        told = model.generate(**options, past_key_values=caches[0], attention_mask=mask)
+        assert torch.equal(told, model.generate(**options, past_key_values=caches[1]))
+        prompts, question = session.encode(inputs), tokens(TURNS[1], 2)
+        question[0, :2] = pad
+        padded = session.ask(prompts, question, (question != pad).long(), max_new_tokens=4)
+        assert torch.equal(padded, session.ask(prompts, question, max_new_tokens=4))
+
+
+def test_positions_of_a_later_turn_that_shows_something_are_refused(model):
+    with attach(model):
+        out = first_turn(model)
+        whole = two_videos()
+        whole["input_ids"] = torch.cat([out.sequences, whole["input_ids"]], -1)
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        whole["mm_token_type_ids"] = torch.zeros_like(whole["input_ids"])
+        positions = torch.zeros(3, *whole["input_ids"].shape, dtype=torch.long)
+        with pytest.raises(PromptError, match="brings position_ids"):
+            model.generate(**whole, position_ids=positions, past_key_values=out.past_key_values)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_contiguous_positions_go_on_after_a_padded_prompt(model, side):
+    """A second turn that shows something, right after prompts of unequal lengths."""
+    rows = (0, 1)
+    inputs, strategy = batch(side, rows), drop(0.5, positions="contiguous")
+    seen = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    try:
+        with attach(model, strategy):
+            out = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True)
+            new = prompt([user("video", "Which?")], videos=[frames(8)])
+            whole = dict(inputs)
+            for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+                first = out.sequences if name == "input_ids" else inputs[name]
+                if name != "input_ids":
+                    said = torch.full((2, 1), int(name == "attention_mask"))
+                    first = torch.cat([first, said], -1)
+                whole[name] = torch.cat([first, new[name].expand(2, -1)], -1)
+            # Row by row: the first prompt shows one video, the second an image and two videos.
+            patches = [int(n) for n in inputs["video_grid_thw"].prod(-1)]
+            old = inputs["pixel_values_videos"].split(patches)
+            fresh = new["pixel_values_videos"]
+            whole["pixel_values_videos"] = torch.cat([old[0], fresh, *old[1:], fresh])
+            grids, grid = inputs["video_grid_thw"], new["video_grid_thw"]
+            whole["video_grid_thw"] = torch.cat([grids[:1], grid, grids[1:], grid])
+            seen.clear()
+            model.generate(**whole, past_key_values=out.past_key_values, max_new_tokens=1)
+    finally:
+        handle.remove()
+    begun = compress(model, inputs, strategy)["attention_mask"].sum(-1)
+    for row, positions in enumerate(seen[0][1]):
+        # From the last token of the answer on, one by one; padding of the turn has the last one.
+        assert int(positions.max()) - int(begun[row]) + 1 == len(positions.unique())
+
+
+def test_a_block_may_be_left_while_generate_still_runs():
+    model, inputs = build(), one_video()
+    with torch.no_grad():
+        plain = model(**inputs).logits
+    released, left = threading.Event(), threading.Event()
+
+    class Slow(StoppingCriteria):
+        def __call__(self, ids, scores, **_):
+            released.set()
+            left.wait(10)
+            return torch.ones(len(ids), dtype=torch.bool)
+
+    with attach(model):
+        thread = threading.Thread(
+            target=model.generate,
+            kwargs={**inputs, "stopping_criteria": [Slow()], "max_new_tokens": 4},
+        )
+        thread.start()
+        released.wait(10)
+    left.set()
+    thread.join()
+    assert "forward" not in vars(model)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_the_models_own_defaults_of_generation_do_not_reach_an_encoded_prompt():
+    model, inputs = build(), one_video()
+    question = tokens(TURNS[0])
+    with attach(model) as session:
+        expected = session.ask(session.encode(inputs), question, max_new_tokens=4)
+    for defaults in (
+        {"num_beams": 3},
+        {"use_cache": False},
+        {"num_return_sequences": 2, "num_beams": 2},
+    ):
+        model = build()
+        model.generation_config.update(**defaults)
+        with attach(model) as session:
+            found = session.ask(session.encode(inputs), question, max_new_tokens=4)
+        assert torch.equal(found, expected), defaults
+    model.generation_config.cache_implementation = "static"
+    with attach(model) as session, pytest.raises(PromptError, match="cannot grow with questions"):
+        session.encode(inputs)
+
+
+def test_what_cannot_be_asked_is_refused(model):
+    with attach(model) as session:
+        first = session.encode(one_video())
+        for question, options, said in (
+            (tokens(TURNS[0])[0], {}, "a question of one token or more"),
+            (tokens(TURNS[0])[:, :0], {}, "a question of one token or more"),
+            (tokens(TURNS[0]), {"num_beams": 2}, "ask the same question in several rows"),
+            (tokens(TURNS[0]), {"num_return_sequences": 2}, "in several rows"),
+        ):
+            with pytest.raises(PromptError, match=said):
+                session.ask(first, question, **options)
+        with pytest.raises(PromptError, match="no input_ids"):
+            session.encode({"inputs": one_video()["input_ids"]})
+        two = session.encode(batch(rows=(0, 1)))
+        with pytest.raises(PromptError, match="one or several questions for each prompt"):
+            session.ask(two, tokens(TURNS[0], 3))
+    other = build()
+    with attach(other) as session, pytest.raises(PromptError, match="by another model"):
+        session.ask(first, tokens(TURNS[0]))
 
 
 def test_a_new_video_after_several_answers_to_one_prompt_is_refused(model):

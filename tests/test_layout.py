@@ -79,10 +79,16 @@ def test_black_tiles_are_padding(entries):
 
 def test_image_sizes_tell_the_grid_of_each_image():
     entries = [features(6), features(8)]
-    spans = from_pixels(
-        entries, pixels(2, 3, 32, 32), VISION, None, image_sizes=[(16, 24), (32, 16)]
-    )
+    sizes = [(16, 24), (32, 16)]
+    spans = from_pixels(entries, pixels(2, 3, 32, 24), VISION, None, image_sizes=sizes)
     assert spans == [Span((1, 2, 3)), Span((1, 4, 2))]
+
+
+def test_sizes_before_resizing_tell_no_grid():
+    sizes = torch.tensor([(48, 12)])
+    assert from_pixels([features(9)], pixels(1, 3, 24, 24), VISION, None, sizes) == [
+        Span((1, 3, 3))
+    ]
 
 
 def test_newlines_part_the_whole_image_from_its_tiles_row_by_row():

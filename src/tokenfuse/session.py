@@ -29,7 +29,7 @@ from tokenfuse.errors import AttachError, PromptError
 from tokenfuse.registry import Registry, registry
 from tokenfuse.report import Report
 from tokenfuse.strategies.base import Strategy
-from tokenfuse.turns import Turn, brings_items, show_more, without_visuals
+from tokenfuse.turns import Turn, brings_items, refuse_a_gap, show_more, without_visuals
 
 WRAPPED = ("generate", "forward")
 MARK = "_tokenfuse_session"
@@ -70,16 +70,21 @@ def attach(
     return Session(model, chosen, found, image_blocks)
 
 
+ONE_BY_ONE = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+"""Options of generate for one answer per row of a cache."""
+
+
 class Prompt(NamedTuple):
     """A prompt that a model has read: what ``Session.ask`` goes on from.
 
     ``input_ids`` and ``attention_mask`` ``(B, L)`` are the caller's own; ``cache`` holds the
-    shorter prompt.
+    shorter prompt, as ``model`` has read it.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     cache: Any
+    model: Any
 
 
 def refuse_attached(model: Any) -> None:
@@ -149,11 +154,22 @@ class Session:
         Raises AttachError outside the block, and what ``compress`` raises.
         """
         self._require_attached("encode")
-        # Some models count positions otherwise in a plain call than in generate, which goes on.
-        output = self.model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True)
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        ids = inputs.get("input_ids")
+        if ids is None:
+            raise PromptError("inputs hold no input_ids; expected the processor's output")
+        default = self.model.generation_config.cache_implementation
+        if default not in (None, "dynamic"):
+            raise PromptError(
+                f"the model's generation_config asks for a {default} cache, which cannot grow with "
+                "questions; expected cache_implementation None: unset it"
+            )
+        # By generate: some models count positions otherwise in a plain call than there.
+        output = self.model.generate(
+            **inputs, **ONE_BY_ONE, max_new_tokens=1, do_sample=False, return_dict_in_generate=True
+        )
+        mask = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        return Prompt(ids, mask, output.past_key_values)
+        return Prompt(ids, mask, output.past_key_values, self.model)
 
     def ask(
         self,
@@ -171,6 +187,19 @@ class Session:
         Raises AttachError outside the block, PromptError where rows do not fit.
         """
         self._require_attached("ask")
+        if prompt.model is not self.model:
+            raise PromptError("the prompt was encoded by another model; expected one of this model")
+        if input_ids.ndim != 2 or not input_ids.shape[1]:
+            raise PromptError(
+                f"input_ids have shape {tuple(input_ids.shape)}; expected a question of one token "
+                "or more for each row, (k * B, n)"
+            )
+        for name in ("num_beams", "num_return_sequences"):
+            if (options.get(name) or 1) > 1:
+                raise PromptError(
+                    f"{name} is {options[name]}, and transformers takes no cache of fewer rows; "
+                    "expected 1: ask the same question in several rows"
+                )
         times, rest = divmod(len(input_ids), len(prompt.input_ids))
         if rest or not times:
             raise PromptError(
@@ -178,7 +207,7 @@ class Session:
                 f"{len(prompt.input_ids)}; expected one or several questions for each prompt"
             )
         if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+            attention_mask = self.adapter.infer_mask(input_ids)
         cache, turn = copy.deepcopy(prompt.cache), _turn_of(prompt.cache)
         if times > 1:
             # Unlike batch_repeat_interleave, linear attention has it too.
@@ -191,7 +220,7 @@ class Session:
             for old, new in zip(before, (input_ids, attention_mask), strict=True)
         )
         return self.model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, **options
+            input_ids=ids, attention_mask=mask, past_key_values=cache, **{**ONE_BY_ONE, **options}
         )
 
     def _require_attached(self, what: str) -> None:
@@ -223,7 +252,9 @@ class Session:
         try:
             return self._short_generate(original, inputs)
         finally:
-            self.model.forward = self._wrapped["forward"]
+            # Another thread may have left the block meanwhile, as readers of a stream do.
+            if vars(self.model).get(MARK) is self:
+                self.model.forward = self._wrapped["forward"]
 
     def _short_generate(self, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         if inputs.get("input_ids") is None and inputs.get("inputs") is not None:
@@ -238,7 +269,7 @@ class Session:
                 "expected the earlier ids, the answer, then the new turn, padded alike"
             )
         short: dict[str, Any]
-        if held and prompt is not None and self._shows_more(inputs, held):
+        if held and prompt is not None and self._shows_more(inputs, prompt[:, held:]):
             turn = turn or Turn.of_text(self.adapter, inputs, held)
             short, turn = show_more(
                 self.adapter, inputs, turn, held, self.strategy, self._found, self._image_blocks
@@ -251,6 +282,10 @@ class Session:
             if not compressed.plans:
                 return original(**inputs)
             turn = Turn.of(inputs["input_ids"], compressed)
+        elif held and self._has_a_delta(prompt, held):
+            # The model may have read another prompt since, and keeps that one's delta.
+            turn = Turn.of_text(self.adapter, inputs, held)
+            short = self._continue(inputs, turn)
         else:
             return original(**inputs)
         prompt = inputs["input_ids"]
@@ -277,9 +312,15 @@ class Session:
         brought = (inputs.get("input_ids") is not None) or bool(inputs.get("mm_encoder_outputs"))
         return brought and not filled_length(inputs.get("past_key_values"))
 
-    def _shows_more(self, inputs: Mapping[str, Any], held: int) -> bool:
-        """Whether images or videos come after the ``held`` tokens that a cache stands for."""
-        return self.adapter.has_visuals(inputs) and brings_items(self.adapter, inputs, held)
+    def _shows_more(self, inputs: Mapping[str, Any], new: Tensor) -> bool:
+        """Whether images or videos come after the tokens that a cache stands for."""
+        return self.adapter.has_visuals(inputs) and brings_items(self.adapter, new)
+
+    def _has_a_delta(self, ids: Tensor | None, held: int) -> bool:
+        """Whether a cache holds text only, of a model that counts by a delta of its own."""
+        if ids is None or ids.shape[1] <= held or self.adapter.position_delta() is None:
+            return False
+        return not brings_items(self.adapter, ids[:, :held])
 
     def _compress(self, inputs: Mapping[str, Any]) -> CompressedInputs:
         short = compress_with(
@@ -291,8 +332,12 @@ class Session:
     def _continue(self, inputs: Mapping[str, Any], turn: Turn) -> dict[str, Any]:
         """Arguments of ``generate`` for a later turn: the short prompt, then what came after it."""
         ids = inputs["input_ids"]
-        new = ids[:, turn.length :]
-        mask, positions = turn.extend(new, inputs.get("attention_mask"), ids.shape[1])
+        new, given = ids[:, turn.length :], inputs.get("attention_mask")
+        if given is None:
+            begun = torch.ones_like(ids[:, : turn.length])
+            given = torch.cat([begun, self.adapter.infer_mask(new)], -1)
+        mask, positions = turn.extend(new, given, ids.shape[1])
+        refuse_a_gap(self.adapter, mask[:, turn.short.shape[1] :])
         return without_visuals(self.adapter, inputs, new) | {
             "input_ids": torch.cat([turn.short, new], -1),
             "attention_mask": mask,
@@ -310,6 +355,7 @@ class Session:
             )
         total = held + ids.shape[1]
         mask, positions = turn.extend(ids, inputs.get("attention_mask"), total)
+        refuse_a_gap(self.adapter, mask[:, turn.short.shape[1] :])
         step = {"attention_mask": mask, "position_ids": positions[..., past:]}
         seen = torch.cat([turn.seen[:, :held], ids], -1)
         return without_visuals(self.adapter, inputs, ids) | step, replace(turn, seen=seen)

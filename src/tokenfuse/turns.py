@@ -34,7 +34,8 @@ class Turn:
     """What a cache holds: the short prompt ``(B, L')`` in place of the caller's ``(B, L)``.
 
     ``seen``: the caller's prompt and all that followed it into the cache. ``columns (B, L')``: the
-    caller's column of each token of the short prompt. ``plans``: of all its items.
+    caller's column of each token of the short prompt. ``plans``: of all its items. ``since``: the
+    columns at which later turns that showed something began.
     """
 
     length: int
@@ -44,9 +45,10 @@ class Turn:
     positions: Tensor
     columns: Tensor
     plans: Mapping[Modality, list[FusionPlan]]
+    since: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, prompt: Tensor, short: CompressedInputs) -> Turn:
+    def of(cls, prompt: Tensor, short: CompressedInputs, since: tuple[int, ...] = ()) -> Turn:
         """The turn of a compressed prompt."""
         return cls(
             length=prompt.shape[1],
@@ -56,6 +58,7 @@ class Turn:
             positions=short["position_ids"],
             columns=short.columns,
             plans=short.plans,
+            since=since,
         )
 
     @classmethod
@@ -66,16 +69,14 @@ class Turn:
         """
         ids, mask = inputs["input_ids"][:, :held], _mask(inputs)[:, :held]
         begun = {"input_ids": ids, "attention_mask": mask}
-        if ids.shape[1] < held or any(
-            bool(_places(adapter, inputs, m)[:, :held].any()) for m in MODALITIES
-        ):
+        if ids.shape[1] < held or brings_items(adapter, ids):
             raise PromptError(
                 "past_key_values already hold a prompt, and the inputs bring images or videos; "
                 "expected an empty cache, one that a generate of this session filled, or one of "
                 "text only: start with a new cache and the whole conversation"
             )
-        positions = adapter.positions(begun).expand(-1, len(ids), -1)
-        positions = positions if positions.ndim == 3 else positions.expand(len(ids), -1)
+        positions = adapter.positions(begun)
+        positions = positions.expand(*positions.shape[:-2], len(ids), -1)
         columns = torch.arange(held, device=ids.device).expand(len(ids), -1)
         return cls(held, ids, ids, mask, positions, columns, {})
 
@@ -107,8 +108,8 @@ class Turn:
     def extend(self, new: Tensor, given: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
         """Mask and positions when the ``new`` tokens end the caller's ``total`` tokens.
 
-        ``given`` is the caller's mask for all of these. Positions go on from that of the last token
-        of the prompt, as ``generate`` has it.
+        ``given`` is the caller's mask for all of these. Positions go on from the last token of the
+        prompt, or from the highest of its rows after a visual token.
         """
         if given is None:
             given = torch.ones_like(self.mask[:, :1]).expand(-1, total)
@@ -120,6 +121,8 @@ class Turn:
         later = given[:, self.length :].to(self.mask.dtype)
         end = self.mask.long().cumsum(-1).argmax(-1, keepdim=True)
         last = self.positions.gather(-1, end.expand(*self.positions.shape[:-1], 1))
+        if last.ndim == 3:
+            last = torch.cat([last[:-3], last[-3:].amax(0, keepdim=True).expand(3, -1, -1)])
         after = last + later.cumsum(-1).to(self.positions.dtype)
         return torch.cat([self.mask, later], -1), torch.cat([self.positions, after], -1)
 
@@ -145,11 +148,13 @@ def show_more(
     whole = {name: value for name, value in inputs.items() if name != "past_key_values"}
     check_prompt(adapter, whole)
     _refuse_old_masks(whole)
+    refuse_positions(whole)
     ids, mask = whole["input_ids"], _mask(whole)
     whole["attention_mask"] = mask
     watch = Stopwatch(adapter.model.device)
     with torch.no_grad():
-        encoded = adapter.encode(whole, wants_of(strategy), image_blocks, since=held)
+        since = (*turn.since, held)
+        encoded = adapter.encode(whole, wants_of(strategy), image_blocks, since)
         watch.lap()
         plans: dict[Modality, list[FusionPlan]] = {}
         new: dict[Modality, list[int]] = {}
@@ -179,13 +184,15 @@ def show_more(
     keep = adapter.kept_columns(whole, encoded, plans)
     positions = adapter.positions(whole)
     tail = shorten(mask[:, held:], keep[:, held:], "left")
-    _refuse_a_gap(adapter, tail.valid)
+    refuse_a_gap(adapter, tail.valid)
     begun, reached = turn.extend(ids[:, turn.length : held], mask[:, :held], held)
     valid = torch.cat([begun.bool(), tail.valid], -1)
     if strategy.positions == "keep":
         after = tail.take(positions.expand(*positions.shape[:-2], len(ids), -1)[..., held:], 0)
     else:
-        after = reached[..., -1:] + tail.valid.long().cumsum(-1)
+        end = begun.long().cumsum(-1).argmax(-1, keepdim=True)
+        last = reached.gather(-1, end.expand(*reached.shape[:-1], 1))
+        after = last + tail.valid.long().cumsum(-1)
     realigned = torch.cat([reached, after.to(reached.dtype)], -1)
     if realigned.ndim == 3 and realigned.shape[0] == 4:
         realigned[0] = count_positions(valid)
@@ -211,7 +218,7 @@ def show_more(
     lengths = mask.sum(-1).tolist(), valid.sum(-1).tolist()
     short.report = report_on(adapter, strategy, encoded, plans, *lengths, watch.read())
     found.observe("tokenfuse_compressed", report=short.report)
-    return short, Turn.of(ids, short)
+    return short, Turn.of(ids, short, since)
 
 
 def _refuse_old_masks(inputs: Mapping[str, Any]) -> None:
@@ -227,19 +234,30 @@ def _refuse_old_masks(inputs: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_a_gap(adapter: Adapter, valid: Tensor) -> None:
+def refuse_a_gap(adapter: Adapter, valid: Tensor) -> None:
     """Raise PromptError where padding between turns would be read. One host sync for a hybrid."""
     if not all(attends(adapter.model.config.get_text_config())) and not bool(valid.all()):
         raise PromptError(
-            "the prompts of a batch lose unequally many tokens in a later turn, and layers of "
+            "the prompts of a batch are unequally long in a later turn, and layers of "
             f"{type(adapter.model).__name__} that are no attention would read the padding between; "
             "expected one prompt at a time, or a new cache"
         )
 
 
-def brings_items(adapter: Adapter, inputs: Mapping[str, Any], held: int) -> bool:
-    """Whether tokens from column ``held`` on stand for images or videos. A host sync for each."""
-    return any(bool(_places(adapter, inputs, m)[:, held:].any()) for m in MODALITIES)
+def brings_items(adapter: Adapter, ids: Tensor) -> bool:
+    """Whether some of the ids stand for images or videos. A host sync for each kind of id."""
+    found = (adapter.placeholder_id(modality) for modality in MODALITIES)
+    return any(bool(ids.eq(token).any()) for token in set(found) if token is not None)
+
+
+def refuse_positions(inputs: Mapping[str, Any]) -> None:
+    """Raise PromptError where a later turn counts by the uncompressed prompt."""
+    for name in ("position_ids", "inputs_embeds", "mm_encoder_outputs"):
+        if inputs.get(name) is not None:
+            raise PromptError(
+                f"a later turn on a compressed cache brings {name}, which counts by the "
+                "uncompressed prompt; expected none: leave it out"
+            )
 
 
 def without_visuals(
@@ -249,19 +267,12 @@ def without_visuals(
 
     ``new``: the new ids, if these may not bring images or videos.
     """
-    for modality in MODALITIES:
-        token = adapter.placeholder_id(modality)
-        if new is not None and token is not None and bool((new == token).any()):
-            raise PromptError(
-                f"a later call of the model brings a new {modality}; expected text only on a "
-                "compressed cache: bring it by generate, with the inputs of the whole conversation"
-            )
-    for name in ("position_ids", "inputs_embeds", "mm_encoder_outputs"):
-        if inputs.get(name) is not None:
-            raise PromptError(
-                f"a later turn on a compressed cache brings {name}, which counts by the "
-                "uncompressed prompt; expected none: leave it out"
-            )
+    if new is not None and brings_items(adapter, new):
+        raise PromptError(
+            "a later call of the model brings a new image or video; expected text only on a "
+            "compressed cache: bring it by generate, with the inputs of the whole conversation"
+        )
+    refuse_positions(inputs)
     seen = {"token_type_ids", "mm_token_type_ids"}
     for modality in MODALITIES:
         if inputs.get(PIXELS[modality]) is not None:
@@ -272,9 +283,3 @@ def without_visuals(
 def _mask(inputs: Mapping[str, Any]) -> Tensor:
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     return torch.ones_like(ids) if mask is None else mask
-
-
-def _places(adapter: Adapter, inputs: Mapping[str, Any], modality: Modality) -> Tensor:
-    # A mask of another width is refused later, with what was expected.
-    plain = {k: v for k, v in inputs.items() if k != "attention_mask"}
-    return adapter.placeholders(plain, modality)

@@ -218,13 +218,13 @@ class Adapter(ModelAdapter):
         inputs: Mapping[str, Any],
         wants: Mapping[Modality, Wants] | None = None,
         image_blocks: ImageBlocks = "images",
-        since: int = 0,
+        since: Sequence[int] = (),
     ) -> list[Encoded]:
         """Run the vision tower once per modality and return every item as ``VisualTokens``.
 
         ``wants`` says which saliency and whether the prompt's text come with images and videos;
-        ``image_blocks`` whether the images of a prompt are the frames of one video, or of two, if
-        some stand from column ``since`` on.
+        ``image_blocks`` whether the images of a prompt are the frames of one video, and of another
+        from each of the columns ``since`` on.
 
         Raises PromptError where features and inputs do not agree, TokensError on NaN or Inf (one
         host synchronisation per item), ConfigError where the model has no such vision block,
@@ -252,7 +252,8 @@ class Adapter(ModelAdapter):
             layout.check_spans(spans, len(features), modality)
             if frames:
                 places = self.places(inputs, modality, spans)
-                spans = layout.as_frames(spans, [(row, at >= since) for row, at in places])
+                videos = [(row, sum(at >= begins for begins in since)) for row, at in places]
+                spans = layout.as_frames(spans, videos)
             found.append(_Tower(modality, kind, output, features, spans, heard))
         asked = [tower for tower in found if wants.get(tower.kind, Wants()).text]
         texts = self._texts(inputs, found) if asked else {}
@@ -449,6 +450,16 @@ class Adapter(ModelAdapter):
         after = next_position_delta(realigned, new.valid)
         self.set_position_delta(after if delta is None else delta + new.removed[:, None])
         return short, new
+
+    def infer_mask(self, ids: Tensor) -> Tensor:
+        """The mask of ids ``(B, n)`` that come without one: as ``generate`` infers it.
+
+        Padding is hidden, unless it is what ends an answer, too.
+        """
+        pad, ends = self.pad_id(), getattr(self.model.generation_config, "eos_token_id", None)
+        if pad is None or pad in (ends if isinstance(ends, list) else [ends]):
+            return torch.ones_like(ids)
+        return (ids != pad).to(ids.dtype)
 
     def pad_id(self) -> int | None:
         """The padding token of the model, None where it names none."""

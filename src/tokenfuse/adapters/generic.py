@@ -10,8 +10,10 @@ from tokenfuse.adapters.base import MODALITIES, Adapter, takes_features
 class Generic(Adapter):
     """Any other transformers VLM: one visual token per square of patches, newlines aside.
 
-    It knows what the model's config, signatures and inputs say, and refuses what they do not: where
-    learned queries read the image, or the tower returns something else than pooled features.
+    Where there are fewer tokens than patches, each is taken for a square of patches, row by row; a
+    tower that merges otherwise needs an adapter of its own. This one knows what the model's config,
+    signatures and inputs say, and refuses what they do not: where learned queries read the image,
+    or the tower returns something else than pooled features.
     """
 
     name: ClassVar[str] = "generic"

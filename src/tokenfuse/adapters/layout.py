@@ -127,8 +127,11 @@ def from_pixels(
         tile = _patches(pixels.shape[-2:], patch)
         return [span for entry in entries for span in _by_newlines(entry, newline, tile)]
     counts = [len(entry) for entry in entries]
-    if image_sizes is not None and len(image_sizes) == len(entries):
-        sizes = torch.as_tensor(image_sizes).tolist()
+    sizes = [] if image_sizes is None else torch.as_tensor(image_sizes).tolist()
+    # Of images padded to the largest; sizes before the processor resized them say nothing.
+    if len(sizes) == len(entries) and [max(x) for x in zip(*sizes, strict=True)] == [
+        *pixels.shape[-2:]
+    ]:
         grids = [_coarse(n, _patches(s, patch)) for n, s in zip(counts, sizes, strict=True)]
         if None not in grids:
             return [Span(grid) for grid in grids if grid]

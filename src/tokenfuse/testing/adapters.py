@@ -189,17 +189,26 @@ class AdapterConformance:
         types = inputs.get("mm_token_type_ids")
         if types is not None:
             # Where one id stands for both, the types tell them apart.
-            visual = torch.isin(ids, torch.tensor([t for t in tokens if t is not None]))
+            visual = torch.isin(ids, ids.new_tensor([t for t in tokens if t is not None]))
             return visual.logical_and(types == 1 + MODALITIES.index(modality))
         token = tokens[MODALITIES.index(modality)]
-        return torch.isin(ids, torch.tensor([] if token is None else [token]))
+        return torch.isin(ids, ids.new_tensor([] if token is None else [token]))
 
-    def oracle(self, model: Any, inputs: Mapping[str, Any], plans: Mapping[Any, Any]) -> MaskedRun:
-        """The full-length run in which what the plans drop is hidden."""
+    def oracle(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        plans: Mapping[Any, Any],
+        since: Sequence[int] = (),
+    ) -> MaskedRun:
+        """The full-length run in which what the plans drop is hidden.
+
+        ``since``: the columns at which later turns begin.
+        """
         hidden = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         adapter = self.adapter_of(model)
         with torch.no_grad():
-            encoded = adapter.encode(inputs, image_blocks=self.image_blocks)
+            encoded = adapter.encode(inputs, image_blocks=self.image_blocks, since=since)
         for part in encoded:
             here = self.placeholders(model, inputs, part.modality)
             hidden = hidden.masked_scatter(here, ~part.keep_mask(plans[part.modality]))
@@ -497,105 +506,137 @@ class AdapterConformance:
         if not hasattr(model.base_model, "rope_deltas"):
             # A 1-D count cannot know that tokens are missing; the caller must say it.
             length = short["input_ids"].shape[1]
-            after = short["position_ids"][:, -1:] + torch.arange(1, ids.shape[1] - length + 1)
+            after = short["position_ids"][:, -1:] + torch.arange(
+                1, ids.shape[1] - length + 1, device=ids.device
+            )
             later["position_ids"] = torch.cat([short["position_ids"], after], -1)
         out = self.generate(model, later)
         assert torch.equal(out.sequences[:, ids.shape[1] :], expected)
 
-    def test_new_items_in_a_second_turn_equal_the_masked_run(self, side: str) -> None:
-        """A new image or video in a later turn is compressed too; what the cache holds stays."""
+    def test_new_items_in_later_turns_equal_the_masked_run(self, side: str) -> None:
+        """New images or videos in later turns are compressed, too; what the cache holds stays.
+
+        One prompt over three turns, or two prompts that lose unequally many tokens over two.
+        """
         if not self.several and self.image_blocks == "images":
             pytest.skip("this model takes one item in a prompt")
         kind = self.modalities[-1]
+        turns: list[list[list[Part]]] = [
+            [
+                [("text", 1), (kind, 1), ("text", 2)],
+                [("text", 3), ("text", 4), (kind, 3), ("text", 5)],
+            ],
+            [[("text", 6), (kind, 4), ("text", 7)], [("text", 8), (kind, 2), ("text", 9)]],
+            [[("text", 16), (kind, 5), ("text", 17)]],
+        ]
+        self.converse([turn[:1] for turn in turns] if side == "left" else turns[:2])
+
+    def test_an_item_after_a_turn_of_text_equals_the_masked_run(self) -> None:
+        """A cache that holds text only is gone on from, too."""
+        kind = self.modalities[-1]
+        self.converse([[[("text", 1), ("text", 2)]], [[("text", 6), (kind, 4), ("text", 7)]]])
+
+    def converse(self, turns: Sequence[list[list[Part]]]) -> None:
+        """Hold every answer of a conversation against the oracle; a turn is a part of every row."""
         model = self.model(self.attentions[0])
-        first: list[list[Part]] = [
-            [("text", 1), (kind, 1), ("text", 2)],
-            [("text", 3), ("text", 4), (kind, 3), ("text", 5)],
-        ]
-        second: list[list[Part]] = [
-            [("text", 6), (kind, 4), ("text", 7)],
-            [("text", 8), (kind, 2), ("text", 9)],
-        ]
-        if side == "left":
-            # One prompt; and a batch, whose rows lose unequally many tokens.
-            first, second = first[:1], second[:1]
-        inputs = self.prompt(first)
+        shown: list[list[Part]] = [[] for _ in turns[0]]
+        whole: dict[str, Any] = {}
+        since: list[int] = []
         with self.attach(model) as session:
-            out = self.generate(model, inputs)
-            whole = self.conversation(first, second, out.sequences)
-            if side == "right" and not _masked(model):
-                # Other layers than attention would read the padding between the turns of a batch.
-                with pytest.raises(PromptError, match="padding between"):
-                    self.generate(model, whole | {"past_key_values": out.past_key_values})
-                return
-            try:
-                later = self.generate(model, whole | {"past_key_values": out.past_key_values})
-            except UnsupportedModelError as error:
-                pytest.skip(str(error))
-            assert session.report.tokens_after < session.report.tokens_before
-        plans = self.compress(model, whole).plans
-        if self.image_blocks == "frames":
-            plans = self.plans_of_turns(model, first, second)
-        oracle = self.oracle_of_turns(model, whole, plans, inputs["input_ids"].shape[1])
-        expected, logits = oracle.answer(STEPS)
-        assert torch.equal(later.sequences[:, whole["input_ids"].shape[1] :], expected)
-        self.close(torch.stack(later.logits, 1), logits)
+            for number, turn in enumerate(turns):
+                rows = [a + b for a, b in zip(shown, turn, strict=True)]
+                if number == 0:
+                    whole = self.prompt(rows)
+                    out = self.generate(model, whole)
+                else:
+                    since.append(out.sequences.shape[1] - 1)
+                    whole = self.conversation(shown, turn, whole, out.sequences)
+                    later = whole | {"past_key_values": out.past_key_values}
+                    if len(rows) > 1 and not _masked(model):
+                        # Other layers than attention would read padding between turns of a batch.
+                        with pytest.raises(PromptError, match="padding between"):
+                            self.generate(model, later)
+                        return
+                    try:
+                        out = self.generate(model, later)
+                    except UnsupportedModelError as error:
+                        pytest.skip(str(error))
+                    assert session.report.tokens_after < session.report.tokens_before
+                    with torch.no_grad():
+                        plans = self.plans_of_turns(model, turns[: number + 1])
+                    oracle = self.oracle(model, whole, plans, since)
+                    expected, logits = oracle.answer(STEPS)
+                    assert torch.equal(out.sequences[:, whole["input_ids"].shape[1] :], expected)
+                    self.close(torch.stack(out.logits, 1), logits)
+                shown = rows
 
     def plans_of_turns(
-        self, model: Any, first: list[list[Part]], second: list[list[Part]]
+        self, model: Any, turns: Sequence[list[list[Part]]]
     ) -> dict[Modality, list[FusionPlan]]:
-        """Plans of a conversation whose images are frames: each turn's are a video of their own."""
+        """The plans of all items of a conversation, row by row, each turn's by itself."""
         merged: dict[Modality, list[FusionPlan]] = {}
-        for row in range(len(first)):
-            for turn in (first, second):
-                plans = self.compress(model, self.prompt([turn[row]])).plans
-                for modality, found in plans.items():
-                    merged.setdefault(modality, []).extend(found)
+        delta = self.adapter_of(model).position_delta()
+        for row in range(len(turns[0])):
+            for turn in turns:
+                inputs = self.prompt([turn[row]])
+                # What its class compresses by itself, also while the model is attached.
+                found = self.adapter_of(model).encode(inputs, image_blocks=self.image_blocks)
+                for part in found:
+                    plans = [HALF.plan(tokens) for tokens in part.items]
+                    merged.setdefault(part.modality, []).extend(plans)
+        self.adapter_of(model).set_position_delta(delta)
         return merged
 
-    def oracle_of_turns(
-        self, model: Any, whole: Mapping[str, Any], plans: Mapping[Any, Any], since: int
-    ) -> MaskedRun:
-        """The oracle of a conversation whose later items begin at column ``since``."""
-        hidden = torch.zeros_like(whole["input_ids"], dtype=torch.bool)
-        with torch.no_grad():
-            encoded = self.adapter_of(model).encode(
-                whole, image_blocks=self.image_blocks, since=since
-            )
-        for part in encoded:
-            here = self.placeholders(model, whole, part.modality)
-            hidden = hidden.masked_scatter(here, ~part.keep_mask(plans[part.modality]))
-        return self.run(model, whole, hidden)
-
     def conversation(
-        self, first: list[list[Part]], second: list[list[Part]], answered: Tensor
+        self,
+        shown: list[list[Part]],
+        turn: list[list[Part]],
+        earlier: Mapping[str, Any],
+        answered: Tensor,
     ) -> dict[str, Any]:
-        """A processor's inputs for two turns with an answer between them, padded on the left.
+        """A processor's inputs for a conversation that goes on with another turn.
 
-        ``answered (B, S)``: the first prompts and their answers. The second turns are padded on the
-        left, too, within the row.
+        ``shown``: the parts of each row so far, of which ``earlier`` are the inputs and
+        ``answered (B, S)`` the ids with the last answer. The new turn is padded on the left, within
+        the row.
         """
-        begun = self.prompt(first)
-        alone = [self.prompt([a + b]) for a, b in zip(first, second, strict=True)]
-        own = [int(row.sum()) for row in begun["attention_mask"]]
-        whole = self.prompt([a + b for a, b in zip(first, second, strict=True)])
+        rows = [a + b for a, b in zip(shown, turn, strict=True)]
+        before = [self.prompt([row])["input_ids"] for row in shown]
+        alone = [self.prompt([row]) for row in rows]
+        whole = self.prompt(rows)
         names = [n for n in ("input_ids", "attention_mask", *PER_TOKEN) if n in whole]
-        tails = [x["input_ids"].shape[1] - n for x, n in zip(alone, own, strict=True)]
-        answer = answered[:, begun["input_ids"].shape[1] :]
+        tails = [
+            x["input_ids"].shape[1] - old.shape[1] for x, old in zip(alone, before, strict=True)
+        ]
+        answer = answered[:, earlier["input_ids"].shape[1] :]
+        for old, x in zip(before, alone, strict=True):
+            if not torch.equal(x["input_ids"][:, : old.shape[1]], old):
+                pytest.skip("a longer prompt of this factory does not begin like a shorter one")
         for name in names:
-            rows = []
-            for row, (x, n) in enumerate(zip(alone, own, strict=True)):
-                if name == "input_ids" and not torch.equal(
-                    x[name][0, :n], begun[name][row, begun["attention_mask"][row].bool()]
-                ):
-                    pytest.skip("a longer prompt of this factory does not begin like a shorter one")
-                said = answer[row] if name == "input_ids" else torch.zeros_like(answer[row])
-                said = torch.ones_like(said) if name == "attention_mask" else said
-                gap = begun["input_ids"][row, :1] if name == "input_ids" else said[:1] * 0
-                pad = gap.expand(max(tails) - tails[row])
-                rows.append(torch.cat([begun[name][row], said, pad, x[name][0, n:]]))
-            whole[name] = torch.stack(rows)
+            fill = {"input_ids": answer, "attention_mask": torch.ones_like(answer)}
+            said = fill.get(name, torch.full_like(answer, self.text_type))
+            begun = earlier.get(name, torch.zeros_like(earlier["input_ids"]))
+            padding = self.never_read(name, earlier)
+            whole[name] = torch.stack(
+                [
+                    torch.cat(
+                        [
+                            begun[row],
+                            said[row],
+                            padding.expand(max(tails) - tails[row]),
+                            x[name][0, x[name].shape[1] - tails[row] :],
+                        ]
+                    )
+                    for row, x in enumerate(alone)
+                ]
+            )
         return whole
+
+    @staticmethod
+    def never_read(name: str, inputs: Mapping[str, Any]) -> Tensor:
+        """What stands where the mask hides it: any id, and zero."""
+        ids: Tensor = inputs["input_ids"]
+        return ids[0, :1] if name == "input_ids" else ids.new_zeros(1)
 
     def test_one_encoded_prompt_answers_many_questions(self, answered: str) -> None:
         """``encode`` once, ``ask`` many: each answer is that of the whole prompt, whatever came."""
@@ -614,6 +655,17 @@ class AdapterConformance:
             again = session.ask(prompt, question.repeat_interleave(2, 0), **options)
             assert torch.equal(again[::2], ids)
             assert torch.equal(again[1::2], ids)
+            gap = question[:, :1]
+            padded = torch.cat([gap, question], -1), torch.ones_like(torch.cat([gap, question], -1))
+            padded[1][:, 0] = 0
+            if _masked(model):
+                assert torch.equal(
+                    session.ask(prompt, *padded, **options)[:, -STEPS:], ids[:, -STEPS:]
+                )
+            else:
+                # Other layers than attention would read the padding.
+                with pytest.raises(PromptError, match="padding between"):
+                    session.ask(prompt, *padded, **options)
         with pytest.raises(AttachError, match="outside its with-block"):
             session.ask(prompt, question)
 
@@ -684,12 +736,12 @@ class AdapterConformance:
 
 def _halved(features: Tensor, span: Span) -> Tensor:
     """What Halves leaves of a span's features, without a plan."""
-    tokens = span.tokens()
+    tokens = span.tokens(features.device)
     n, kept = len(tokens), -(-len(tokens) // 2)
     rows = features.clone()
     first, second = tokens[: n - kept], tokens[kept:]
     rows[first] = (features[first] + features[second]) / 2
-    stay = torch.ones(span.size, dtype=torch.bool)
+    stay = torch.ones(span.size, dtype=torch.bool, device=features.device)
     stay[second] = False
     return rows[stay]
 
