@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenfuse.adapters.base import MODALITIES, PER_TOKEN, PIXELS, Adapter, ImageBlocks
+from tokenfuse.adapters.base import (
+    MODALITIES,
+    PER_TOKEN,
+    PIXELS,
+    Adapter,
+    Encoded,
+    ImageBlocks,
+    refuse_lost_end,
+)
 from tokenfuse.engine import (
     CompressedInputs,
     check_prompt,
@@ -159,29 +167,16 @@ def show_more(
         plans: dict[Modality, list[FusionPlan]] = {}
         new: dict[Modality, list[int]] = {}
         for part in encoded:
-            try:
-                places = adapter.places(whole, part.modality, part.spans)
-            except PromptError as error:
-                raise PromptError(
-                    f"{error}. A turn that brings new images or videos takes the processor's "
-                    "output for the whole conversation, earlier pixels included"
-                ) from None
-            later = [column >= held for _, column in places]
-            known = turn.plans.get(part.modality, [])
-            if later.count(False) != len(known):
-                raise PromptError(
-                    f"a later turn shows {later.count(False)} {part.modality} item(s) that the "
-                    f"cache should hold, which holds {len(known)} of this conversation; expected "
-                    "the pixels of the whole conversation, and one answer per prompt: start with "
-                    "a new cache"
-                )
-            old = iter(known)
-            fresh = iter(plan_items(part, strategy, found, [i for i, x in enumerate(later) if x]))
-            plans[part.modality] = [next(fresh) if x else next(old) for x in later]
-            new[part.modality] = [i for i, x in enumerate(later) if x]
+            later = _later(adapter, whole, part, turn, held)
+            shown = [i for i, is_new in enumerate(later) if is_new]
+            old = iter(turn.plans.get(part.modality, []))
+            fresh = iter(plan_items(part, strategy, found, shown))
+            plans[part.modality] = [next(fresh if is_new else old) for is_new in later]
+            new[part.modality] = shown
         fused = fuse_all(adapter, encoded, plans, strategy, new)
         watch.lap()
     keep = adapter.kept_columns(whole, encoded, plans)
+    refuse_lost_end(mask, keep)
     positions = adapter.positions(whole)
     tail = shorten(mask[:, held:], keep[:, held:], "left")
     refuse_a_gap(adapter, tail.valid)
@@ -219,6 +214,31 @@ def show_more(
     short.report = report_on(adapter, strategy, encoded, plans, *lengths, watch.read())
     found.observe("tokenfuse_compressed", report=short.report)
     return short, Turn.of(ids, short, since)
+
+
+def _later(
+    adapter: Adapter, whole: Mapping[str, Any], part: Encoded, turn: Turn, held: int
+) -> list[bool]:
+    """Which items of a conversation are not in the cache.
+
+    Raises PromptError where those that are, are others than the cache holds.
+    """
+    try:
+        places = adapter.places(whole, part.modality, part.spans)
+    except PromptError as error:
+        raise PromptError(
+            f"{error}. A turn that brings new images or videos takes the processor's output for "
+            "the whole conversation, earlier pixels included"
+        ) from None
+    later = [column >= held for _, column in places]
+    known = turn.plans.get(part.modality, [])
+    if later.count(False) != len(known):
+        raise PromptError(
+            f"a later turn shows {later.count(False)} {part.modality} item(s) that the cache "
+            f"should hold, which holds {len(known)} of this conversation; expected the pixels of "
+            "the whole conversation, and one answer per prompt: start with a new cache"
+        )
+    return later
 
 
 def _refuse_old_masks(inputs: Mapping[str, Any]) -> None:

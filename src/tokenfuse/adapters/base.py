@@ -426,12 +426,7 @@ class Adapter(ModelAdapter):
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         keep = self.kept_columns(inputs, encoded, plans)
-        last = mask.long().cumsum(-1).argmax(-1, keepdim=True)
-        if not bool(keep.gather(-1, last).all()):
-            raise PromptError(
-                "a prompt ends with a visual token, and the plan removes it; expected text after "
-                "the last image or video: let the processor end the prompt"
-            )
+        refuse_lost_end(mask, keep)
         own = inputs.get("position_ids") is None and policy == "keep"
         positions = self.positions({**inputs, "attention_mask": mask})
         delta = self.position_delta() if own else None
@@ -469,6 +464,16 @@ class Adapter(ModelAdapter):
             if pad is not None:
                 return pad
         return None
+
+
+def refuse_lost_end(mask: Tensor, keep: Tensor) -> None:
+    """Raise PromptError where a prompt's last token, ``(B, L)``, is not kept. One host sync."""
+    last = mask.long().cumsum(-1).argmax(-1, keepdim=True)
+    if not bool(keep.gather(-1, last).all()):
+        raise PromptError(
+            "a prompt ends with a visual token, and the plan removes it; expected text after the "
+            "last image or video: let the processor end the prompt"
+        )
 
 
 def _apply(fuse: Fuse, plan: FusionPlan, span: Span, part: Tensor) -> Tensor:
