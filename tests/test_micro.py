@@ -104,10 +104,10 @@ def test_too_few_patches_are_refused():
 
 
 def test_an_unknown_shape_is_refused():
-    from tokenfuse.micro.tasks import _paint
+    from tokenfuse.micro.tasks import paint
 
     with pytest.raises(ValueError, match="'star' is not one of"):
-        _paint(np.zeros((1, SIZE, SIZE, 3), np.float32), "star", (0, 0, 0), [9.0], [9.0], 5)
+        paint(np.zeros((1, SIZE, SIZE, 3), np.float32), "star", (0, 0, 0), [9.0], [9.0], 5)
 
 
 @pytest.fixture(scope="module")

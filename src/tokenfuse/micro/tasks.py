@@ -141,7 +141,7 @@ def _background(rng: np.random.Generator) -> Float:
 _AXIS = np.arange(SIZE, dtype=np.float32) + 0.5
 
 
-def _paint(
+def paint(
     video: Float,
     shape: str,
     color: tuple[int, int, int],
@@ -172,6 +172,12 @@ def _paint(
     box += alpha * (np.asarray(color, np.float32) - box)
 
 
+def paint_mark(lit: Float, x: float, y: float) -> None:
+    """Draw the mark that flashes, 22 pixels wide, into the frames ``lit`` in place."""
+    paint(lit, "square", (0, 0, 0), x, y, 11)
+    paint(lit, "square", (255, 255, 255), x, y, 8)
+
+
 def _motion(rng: np.random.Generator, video: Float, patches: int) -> Iterator[Question]:
     color = str(rng.choice(list(COLORS)))
     shape = str(rng.choice(SHAPES))
@@ -183,19 +189,19 @@ def _motion(rng: np.random.Generator, video: Float, patches: int) -> Iterator[Qu
     high = np.full(2, SIZE - radius - 2) - length * (step > 0)
     start = rng.uniform(low, high)
     path = start + np.linspace(0, length, 2 * patches)[:, None] * step
-    _paint(video, shape, COLORS[color], path[:, 0], path[:, 1], radius)
+    paint(video, shape, COLORS[color], path[:, 0], path[:, 1], radius)
     yield _ask("color", color)
     yield _ask("shape", shape)
     yield _ask("direction", direction)
 
 
-def _places(rng: np.random.Generator, count: int, radius: float) -> npt.NDArray[np.float64]:
+def places(rng: np.random.Generator, count: int, radius: float) -> npt.NDArray[np.float64]:
     """Centres of ``count`` objects that do not overlap, one per cell of a 3 × 3 layout."""
     cells = rng.permutation(9)[:count]
     corner = np.stack([cells % 3, cells // 3], 1) * (SIZE / 3)
     slack = SIZE / 6 - radius - 1
-    places: npt.NDArray[np.float64] = corner + SIZE / 6 + rng.uniform(-slack, slack, (count, 2))
-    return places
+    centres: npt.NDArray[np.float64] = corner + SIZE / 6 + rng.uniform(-slack, slack, (count, 2))
+    return centres
 
 
 def _order(rng: np.random.Generator, video: Float, patches: int) -> Iterator[Question]:
@@ -206,9 +212,9 @@ def _order(rng: np.random.Generator, video: Float, patches: int) -> Iterator[Que
     radius = rng.uniform(10, 13)
     shape = str(rng.choice(SHAPES))
     for color, patch, (x, y) in zip(
-        (first, last), (begins, then), _places(rng, 2, radius), strict=True
+        (first, last), (begins, then), places(rng, 2, radius), strict=True
     ):
-        _paint(video[FRAMES_PER_PATCH * patch :], shape, COLORS[color], x, y, radius)
+        paint(video[FRAMES_PER_PATCH * patch :], shape, COLORS[color], x, y, radius)
     yield Question("order", QUESTIONS["order"][0], first)
     yield Question("order", QUESTIONS["order"][1], last)
     yield Question("shape", QUESTIONS["shape"][1], shape)
@@ -218,9 +224,9 @@ def _count(rng: np.random.Generator, video: Float, patches: int) -> Iterator[Que
     count = int(rng.integers(1, 5))
     radius = rng.uniform(10, 13)
     shape = str(rng.choice(SHAPES))
-    for x, y in _places(rng, count, radius):
+    for x, y in places(rng, count, radius):
         color = str(rng.choice(list(COLORS)))
-        _paint(video, shape, COLORS[color], x, y, radius)
+        paint(video, shape, COLORS[color], x, y, radius)
     yield _ask("count", COUNTS[count - 1])
     yield Question("shape", QUESTIONS["shape"][1], shape)
 
@@ -230,8 +236,7 @@ def _flash(rng: np.random.Generator, video: Float, patches: int, lasts: int) -> 
     begins = int(rng.integers(patches - lasts + 1))
     x, y = rng.uniform(12, SIZE / 2 - 12, 2) + (SIZE / 2) * np.array([quadrant % 2, quadrant // 2])
     lit = video[FRAMES_PER_PATCH * begins : FRAMES_PER_PATCH * (begins + lasts)]
-    _paint(lit, "square", (0, 0, 0), x, y, 11)
-    _paint(lit, "square", (255, 255, 255), x, y, 8)
+    paint_mark(lit, x, y)
     return _ask("flash", QUADRANTS[quadrant])
 
 
