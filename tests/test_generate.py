@@ -558,6 +558,35 @@ def test_the_text_prompt_in_a_cache_keeps_its_positions_whatever_came_between(mo
             assert torch.equal(session.ask(first, rest, max_new_tokens=5), expected)
 
 
+def test_a_cache_of_text_is_used_as_without_a_session(model):
+    """Cropped, or with positions of the caller's own."""
+    said = prompt([user("Hello, what is this?")])
+
+    def talk():
+        out = model.generate(**said, max_new_tokens=6, return_dict_in_generate=True)
+        out.past_key_values.crop(-8)
+        ids = torch.cat([out.sequences[:, :-4], tokens(TURNS[0])], -1)
+        second = model.generate(
+            input_ids=ids,
+            past_key_values=out.past_key_values,
+            max_new_tokens=4,
+            return_dict_in_generate=True,
+        )
+        second.past_key_values.crop(-3)
+        ids = torch.cat([second.sequences[:, :-1], tokens(TURNS[1])], -1)
+        positions = torch.arange(ids.shape[1]).expand(4, 1, -1)
+        return model.generate(
+            input_ids=ids,
+            past_key_values=second.past_key_values,
+            position_ids=positions,
+            max_new_tokens=4,
+        )
+
+    plain = talk()
+    with attach(model):
+        assert torch.equal(talk(), plain)
+
+
 def test_padding_of_a_later_turn_without_a_mask_is_hidden(model):
     """As generate hides it: an answer that ended early is followed by padding."""
     inputs, pad = batch(rows=(0, 1)), model.generation_config.pad_token_id

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.utils import ModelOutput
 
 import tokenfuse
 from families import FAMILIES, RESAMPLED
@@ -15,6 +17,16 @@ from tokenfuse.adapters.layout import Span, as_frames, flat, from_pixels, from_v
 from tokenfuse.errors import ConfigError, PromptError, UnsupportedModelError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@dataclass
+class Other(ModelOutput):
+    """What a tower of another kind might return."""
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+
 
 VISION = SimpleNamespace(patch_size=8)
 NEWLINE = torch.full((4,), 7.0)
@@ -214,3 +226,24 @@ def test_a_model_without_videos_says_so():
     inputs["pixel_values_videos"] = inputs.pop("pixel_values")
     with pytest.raises(PromptError, match="reads no videos; expected pixel_values"):
         tokenfuse.compress(family.build("sdpa"), inputs, "uniform")
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ((torch.zeros(1, 16, 48),), "returns tuple; expected pooler_output"),
+        (Other(last_hidden_state=torch.zeros(1, 16, 48)), "returns last_hidden_state; expected"),
+        (
+            Other(pooler_output=torch.zeros(1, 16, 48), scores=torch.zeros(1)),
+            "pooler_output, scores",
+        ),
+    ],
+    ids=["a tuple", "nothing pooled", "something else beside it"],
+)
+def test_a_tower_that_returns_something_else_is_refused(output, said):
+    family = FAMILIES["llava"]
+    model = family.build("sdpa")
+    inputs = family.prompt([[("text", 1), ("image", 1), ("text", 2)]])
+    model.model.get_image_features = lambda pixel_values, return_dict: output
+    with pytest.raises(UnsupportedModelError, match=said):
+        tokenfuse.compress(model, inputs, "uniform")

@@ -93,6 +93,11 @@ def test_a_single_pixel_video(tmp_path):
     check_figures(result)
 
 
+def test_a_video_that_a_model_is_shown_as_images_is_one_of_frames():
+    assert inference.image_blocks({"pixel_values_videos": None, "pixel_values": None}) == "images"
+    assert inference.image_blocks({"pixel_values": None}) == "frames"
+
+
 def test_a_still_image_has_nothing_to_compare(tmp_path):
     from PIL import Image
 

@@ -282,7 +282,7 @@ class Session:
             if not compressed.plans:
                 return original(**inputs)
             turn = Turn.of(inputs["input_ids"], compressed)
-        elif held and self._has_a_delta(prompt, held):
+        elif held and inputs.get("position_ids") is None and self._has_a_delta(prompt, held):
             # The model may have read another prompt since, and keeps that one's delta.
             turn = Turn.of_text(self.adapter, inputs, held)
             short = self._continue(inputs, turn)
@@ -298,7 +298,8 @@ class Session:
         answer = sequences[:, short["input_ids"].shape[1] :]
         whole = torch.cat([prompt.repeat_interleave(times, 0).to(answer.device), answer], -1)
         cache = cache if isinstance(output, Tensor) else output.get("past_key_values", cache)
-        if cache is not None:
+        # A cache that holds text only, as before, is anybody's.
+        if cache is not None and (turn.plans or _turn_of(cache) is not None):
             _remember(cache, replace(turn.repeat(times), seen=whole))
         if isinstance(output, Tensor):
             return whole

@@ -286,11 +286,13 @@ class Adapter(ModelAdapter):
 
     def _encode(self, inputs: Mapping[str, Any], modality: Modality) -> Any:
         output = self._encoder(modality)(**self.encoder_inputs(inputs, modality), return_dict=True)
-        fields = {f.name for f in dataclasses.fields(output) if output.get(f.name) is not None}
+        named = dataclasses.fields(output) if dataclasses.is_dataclass(output) else ()
+        fields = {f.name for f in named if getattr(output, f.name) is not None}
         if "pooler_output" not in fields or fields - READ:
+            found = ", ".join(sorted(fields)) or type(output).__name__
             raise UnsupportedModelError(
-                f"get_{modality}_features of {type(self.model).__name__} returns "
-                f"{', '.join(sorted(fields))}; expected pooler_output, and beside it no more than "
+                f"get_{modality}_features of {type(self.model).__name__} returns {found}; expected "
+                "pooler_output, and beside it no more than "
                 f"{', '.join(sorted(READ - {'pooler_output'}))}: write an adapter for this model"
             )
         return output

@@ -115,12 +115,12 @@ class AdapterConformance:
     @staticmethod
     def model(attention: str) -> Any:
         """The model with that attention, in eval mode."""
-        raise NotImplementedError
+        raise NotImplementedError("the test class has no model(attention)")
 
     @staticmethod
     def prompt(rows: Sequence[Sequence[Part]], side: str = "left") -> dict[str, Any]:
         """The processor's inputs for a batch of prompts."""
-        raise NotImplementedError
+        raise NotImplementedError("the test class has no prompt(rows, side)")
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """Give the tests their attention, prompt and dropped share; pytest calls this."""
@@ -560,6 +560,8 @@ class AdapterConformance:
                     try:
                         out = self.generate(model, later)
                     except UnsupportedModelError as error:
+                        if "expected 5.23 or newer" not in str(error):
+                            raise
                         pytest.skip(str(error))
                     assert session.report.tokens_after < session.report.tokens_before
                     with torch.no_grad():
