@@ -22,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(help="Measure.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
 
@@ -170,6 +172,53 @@ def compare(
                 picture=picture,
                 as_json=as_json,
             )
+
+
+@bench.command()
+def retention(
+    out: Annotated[Path, typer.Option(help="Folder for answers, page and pictures.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file of questions and sweeps; a short benchmark if left out."),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="plain, robust or none (only write the page); both if left out."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
+) -> None:
+    """What compression costs in answers, by task and by motion.
+
+    A run that was stopped goes on from the answers in the folder.
+    """
+    with _errors():
+        import torch
+
+        from tokenfuse.bench.retention.plan import Plan, read_plan
+        from tokenfuse.bench.retention.run import retention as run_retention
+        from tokenfuse.micro import INSTRUMENTS
+
+        names = list(INSTRUMENTS) if model is None else [m for m in model if m != "none"]
+        for name in names:
+            if name not in INSTRUMENTS:
+                raise ConfigError(
+                    f"--model {name} is none of {', '.join(INSTRUMENTS)}: only these answer the "
+                    "questions; none asks no model"
+                )
+        _quiet()
+        if threads:
+            torch.set_num_threads(threads)
+        options = f" --config {config}" if config else ""
+        options += f" --threads {threads}" if threads else ""
+        page = run_retention(
+            read_plan(config) if config else Plan.model_validate({}),
+            INSTRUMENTS,
+            out,
+            ask_only=names,
+            command=f"tokenfuse bench retention{options} --out {out}",
+            err=_err,
+        )
+    _out.print(str(page), soft_wrap=True)
 
 
 @app.command()

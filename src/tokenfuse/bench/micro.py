@@ -281,8 +281,8 @@ def _ask(
     inputs = inputs.to(model.device)
     expected = [question.answer for _, question in group]
     ids, reference = generate(model, inputs, LONGEST)
-    plain = _texts(processor, ids)
-    adapter = _encoding_once(prompt_adapter(model, found))
+    plain = texts(processor, ids)
+    adapter = encoding_once(prompt_adapter(model, found))
     scores: dict[Candidate, TaskScore | str] = {}
     for candidate in chosen:
         if candidate.strategy is None:
@@ -294,7 +294,7 @@ def _ask(
         except Exception as error:
             scores[candidate] = why(error)
             continue
-        scores[candidate] = _score(_texts(processor, ids), plain, expected).model_copy(
+        scores[candidate] = _score(texts(processor, ids), plain, expected).model_copy(
             update={
                 "kl": float(divergence(reference, logits).sum()),
                 "tokens_before": short.report.tokens_before,
@@ -313,11 +313,11 @@ def _score(given: Sequence[str], plain: Sequence[str], expected: Sequence[str]) 
     )
 
 
-def _texts(processor: Any, ids: Tensor) -> list[str]:
+def texts(processor: Any, ids: Tensor) -> list[str]:
     return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
 
-def _encoding_once(adapter: Adapter) -> Adapter:
+def encoding_once(adapter: Adapter) -> Adapter:
     """The adapter, for one prompt: what it has encoded it does not encode again."""
     encode = adapter.encode
     seen: dict[Any, list[Encoded]] = {}

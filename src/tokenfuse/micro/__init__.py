@@ -15,3 +15,10 @@ SAMPLE = Path(__file__).parent / "sample.mp4"
 """A short clip that the micro model has not been trained on."""
 
 SAMPLE_QUESTION = "What color is the moving object?"
+
+INSTRUMENTS = {name: Path(__file__).parent / name for name in ("plain", "robust")}
+"""Folders of the models of ``tokenfuse bench retention``, which answer the questions of all strata.
+
+``plain`` has never seen a prompt with missing tokens, ``robust`` has. They see alike: the vision
+tower is the same.
+"""

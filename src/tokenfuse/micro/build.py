@@ -22,6 +22,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
+from tokenfuse.micro.questions import STRATUM_ANSWERS, STRATUM_QUESTIONS
 from tokenfuse.micro.tasks import ANSWERS, QUESTIONS, SIZE
 
 PATCH = 8
@@ -59,9 +60,11 @@ CHAT_TEMPLATE = """\
 
 def build_tokenizer() -> Qwen2Tokenizer:
     """A byte-level BPE in which every word of the tasks is one token; any other text is bytes."""
+    texts = [*QUESTIONS.values(), *STRATUM_QUESTIONS.values()]
+    answers = [*ANSWERS.values(), *STRATUM_ANSWERS.values()]
     corpus = [
-        *(f"user\n{text}" for texts in QUESTIONS.values() for text in texts),
-        *(f"assistant\n{answer}" for answers in ANSWERS.values() for answer in answers),
+        *(f"user\n{text}" for asked in texts for text in asked),
+        *(f"assistant\n{answer}" for given in answers for answer in given),
         "<0.1 seconds>",
     ]
     bpe = Tokenizer(models.BPE())

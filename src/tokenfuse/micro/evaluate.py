@@ -19,6 +19,7 @@ from transformers.video_utils import VideoMetadata
 from tokenfuse.config import load_strategy
 from tokenfuse.inference import load
 from tokenfuse.micro import CHECKPOINT
+from tokenfuse.micro.strata import StratumClip
 from tokenfuse.micro.tasks import (
     ANSWERS,
     QUESTIONS,
@@ -48,7 +49,9 @@ def held_out(task: Task, count: int) -> list[tuple[Clip, Question]]:
     return found
 
 
-def clip_inputs(processor: Any, clips: Sequence[Clip], questions: Sequence[str]) -> Any:
+def clip_inputs(
+    processor: Any, clips: Sequence[Clip | StratumClip], questions: Sequence[str]
+) -> Any:
     """The processor's inputs for one question about each clip, left-padded."""
     messages = [
         [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}]}]

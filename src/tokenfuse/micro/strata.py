@@ -105,8 +105,8 @@ class StratumClip:
 
     ``frames``: uint8 ``(F, 96, 96, 3)`` RGB, ``F = 2 * patches``; ``fps`` per second.
     ``question`` is the stratum's, ``questions`` are all that the clip answers, for training.
-    ``measured`` from the frames before sensor noise. ``decisive``: the temporal patches, first and
-    past the last, that hold a subtle difference; None in plain strata.
+    ``measured`` from the frames before sensor noise, if at all. ``decisive``: the temporal patches,
+    first and past the last, that hold a subtle difference; None in plain strata.
     """
 
     stratum: Stratum
@@ -114,12 +114,17 @@ class StratumClip:
     fps: float
     question: StratumQuestion
     questions: tuple[StratumQuestion, ...]
-    measured: Displacement
+    measured: Displacement | None
     decisive: tuple[int, int] | None
 
     @property
     def displacement(self) -> float:
-        """Tokens per temporal patch: the median over the blocks that move."""
+        """Tokens per temporal patch: the median over the blocks that move.
+
+        Raises ValueError for a clip that was made with ``measured=False``.
+        """
+        if self.measured is None:
+            raise ValueError("the clip was not measured; expected one made with measured=True")
         return self.measured.median
 
     @property
@@ -134,10 +139,12 @@ def make_stratum_clip(
     patches: int = 8,
     split: Split = "test",
     decisive: bool = True,
+    measured: bool = True,
 ) -> StratumClip:
     """Render and measure a clip of ``patches`` temporal patches.
 
     ``decisive=False`` renders a subtle clip without its difference: the same bytes elsewhere.
+    ``measured=False`` leaves out the measurement, a third of the time.
     Raises ValueError where there are too few patches, or so many that a drift leaves its quadrant.
     """
     task, motion = stratum.task, stratum.motion
@@ -161,13 +168,13 @@ def make_stratum_clip(
             moves = "slow"
         questions = list(SCENES[task](scene, video, patches, course(moves, scene, patches)))
     relight(motion, light, video)
-    measured = measure(video)
+    displacement = measure(video) if measured else None
     fps, sigma, which = (4.0, 8.0)[sensor.integers(2)], 3 + 6 * sensor.random(), sensor.random()
     video += np.float32(sigma) * sensor.standard_normal(video.shape, dtype=np.float32)
     frames = np.clip(video, 0, 255).astype(np.uint8)
     asked = [q for q in questions if q.task == task]
     question = asked[int(which * len(asked))]
-    return StratumClip(stratum, frames, fps, question, tuple(questions), measured, where)
+    return StratumClip(stratum, frames, fps, question, tuple(questions), displacement, where)
 
 
 def main() -> None:

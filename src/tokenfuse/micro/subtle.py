@@ -136,7 +136,7 @@ def _drift(
     steps = np.maximum(np.arange(FRAMES_PER_PATCH * patches) - (FRAMES_PER_PATCH - 1), 0)
     margin, length = 1.25 * RADIUS + 1.5, size / FRAMES_PER_PATCH * float(steps[-1])
     if 2 * margin + length > SIZE / 2:
-        most = (SIZE / 2 - 2 * margin) * FRAMES_PER_PATCH / float(steps[-1])
+        most = longest_drift(patches)
         raise ValueError(
             f"drift of {size} pixels per patch leaves its quadrant within {patches} patches; "
             f"expected {most:.2f} or less"
@@ -152,6 +152,12 @@ def _drift(
         path = start + moves * steps[:, None] * step
         paint(video, shape, _rgb(hues[here]), path[:, 0], path[:, 1], RADIUS)
     return 1, patches
+
+
+def longest_drift(patches: int) -> float:
+    """The greatest size of a drift, in pixels per patch, that stays in its quadrant."""
+    room = SIZE / 2 - 2 * (1.25 * RADIUS + 1.5)
+    return min(SIZES["drift"][2], room * FRAMES_PER_PATCH / (FRAMES_PER_PATCH * (patches - 1) + 1))
 
 
 def _vanish(

@@ -1,7 +1,8 @@
 """Train the micro Qwen3-VL: ``python -m tokenfuse.micro.train --out FOLDER``.
 
 All questions of a clip stand in one conversation, in random order, so that one pass over
-the video pays for several answers. Clips are short at first and of mixed length later.
+the video pays for several answers. Clips are short at first and of mixed length later; tasks that
+are hard come up more often. ``--drop`` makes the drop-robust model from a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,15 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import AttentionInterface, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
 from tokenfuse.micro.build import MERGE, PATCH, TOKENS_PER_FRAME, build_model, build_processor
-from tokenfuse.micro.tasks import FRAMES_PER_PATCH, SCENES, TASKS, Clip, make_clip
+from tokenfuse.micro.motion import MOTIONS
+from tokenfuse.micro.questions import PLAIN, SUBTLE
+from tokenfuse.micro.strata import (
+    LEAST,
+    LEAST_FOR,
+    Stratum,
+    StratumClip,
+    make_stratum_clip,
+    refusal,
+)
+from tokenfuse.micro.subtle import SIZES, WHOLE, longest_drift
+from tokenfuse.micro.tasks import FRAMES_PER_PATCH, SIZE, Clip, make_clip
 
 IGNORE = -100
+LEARNT = (*PLAIN, *SUBTLE)
 
 
 def equal_frames_attention(
@@ -51,9 +65,10 @@ def equal_frames_attention(
 class Conversations(IterableDataset[dict[str, Any]]):
     """Endless batches of clips with all their questions, ready for the model.
 
-    The first ``short`` batches have 4 temporal patches, later ones 4 to ``longest``. In the first
-    ``still`` batches the mark stays for the whole clip. ``motion`` is the share of clips in which
-    something moves.
+    Half of the clips have ``longest`` temporal patches, the others 4 or more, all of a batch as
+    many; the first ``short`` batches have 4 or 5. ``scenes`` is the share of clips from
+    ``make_clip``; the rest are of the strata, each task as often as ``weights`` say, which may
+    change at any time. Subtle differences shrink over ``shrink`` batches to their default sizes.
     """
 
     def __init__(
@@ -63,42 +78,84 @@ class Conversations(IterableDataset[dict[str, Any]]):
         batch: int,
         seed: int = 0,
         short: int = 0,
-        longest: int = 4,
-        still: int = 0,
-        motion: float = 0.5,
+        longest: int = 8,
+        scenes: float = 0.15,
+        shrink: int = 0,
     ) -> None:
         self.tokenizer = processor.tokenizer
         self.batch = batch
         self.seed = seed
         self.short = short
         self.longest = longest
-        self.still = still
-        self.motion = motion
+        self.scenes = scenes
+        self.shrink = shrink
+        # Shared with the process that loads.
+        self.weights = torch.ones(len(LEARNT)).share_memory_()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         index, step = (worker.id, worker.num_workers) if worker else (0, 1)
         while True:
             rng = np.random.default_rng([self.seed, index])
-            patches = 4 if index < self.short else int(rng.integers(4, self.longest + 1))
-            # A mark that stays is found sooner; then it learns to flash.
-            flash = patches if index < self.still else 1
-            shares = (self.motion, *[(1 - self.motion) / 2] * 2)
-            scenes = rng.choice(len(SCENES), self.batch, p=shares)
+            patches = self._patches(index, rng)
             first = (self.seed << 32) + index * self.batch
-            clips = [
-                make_clip(first + i, patches=patches, scene=SCENES[s], flash=flash)
-                for i, s in enumerate(scenes)
-            ]
-            yield self._collate(clips, patches, rng)
+            ease = max(0.1, 1 - index / self.shrink) if self.shrink else 0.1
+            clips = [self._clip(first + i, patches, ease, rng) for i in range(self.batch)]
+            batch = self._collate(clips, patches, rng)
+            changed = [self._changed(clip, patches, first + i) for i, clip in enumerate(clips)]
+            yield {**batch, "changed": torch.from_numpy(np.stack(changed))}
             index += step
+
+    def _patches(self, index: int, rng: np.random.Generator) -> int:
+        if index < self.short:
+            return int(rng.integers(4, 6))
+        return self.longest if rng.random() < 0.5 else int(rng.integers(4, self.longest + 1))
+
+    def _clip(
+        self, seed: int, patches: int, ease: float, rng: np.random.Generator
+    ) -> Clip | StratumClip:
+        if rng.random() < self.scenes:
+            return make_clip(seed, patches=patches)
+        choices = [i for i, task in enumerate(LEARNT) if patches >= LEAST_FOR.get(task, LEAST)]
+        weights = self.weights.numpy()[choices].astype(float)
+        task = LEARNT[choices[int(rng.choice(len(choices), p=weights / weights.sum()))]]
+        motions = [motion for motion in MOTIONS if refusal(task, motion) is None]
+        size = None
+        if task in SIZES:
+            _, least, most = SIZES[task]
+            if task == "drift":
+                most = longest_drift(patches)
+            size = least + ease * rng.random() * (most - least)
+            size = float(round(size)) if task in WHOLE else size
+        stratum = Stratum(task, motions[rng.integers(len(motions))], size)
+        return make_stratum_clip(stratum, seed, patches=patches, split="train", measured=False)
+
+    @staticmethod
+    def _changed(clip: Clip | StratumClip, patches: int, seed: int) -> npt.NDArray[np.float32]:
+        """Where the decisive difference is, 0 or 1 per visual token ``(n,)``; NaN in other clips.
+
+        What the hint of the training looks at: see ``hint_loss``.
+        """
+        if isinstance(clip, Clip) or clip.decisive is None:
+            return np.full(patches * TOKENS_PER_FRAME, np.nan, np.float32)
+        without = make_stratum_clip(
+            clip.stratum, seed, patches=patches, split="train", decisive=False, measured=False
+        )
+        side = SIZE // PATCH // MERGE
+        pixels = (clip.frames != without.frames).any(-1)
+        pixels = pixels.reshape(patches, FRAMES_PER_PATCH, side, SIZE // side, side, SIZE // side)
+        # More than the rim of an object that drifts over.
+        changed: npt.NDArray[np.float32] = (pixels.mean((1, 3, 5)) > 0.02).astype(np.float32)
+        return changed.reshape(-1)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - one instance, lives as long as the process
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _collate(self, clips: list[Clip], patches: int, rng: np.random.Generator) -> dict[str, Any]:
+    def _collate(
+        self, clips: list[Clip | StratumClip], patches: int, rng: np.random.Generator
+    ) -> dict[str, Any]:
         # With and without a pair of vision markers around all frames: the model reads both.
         enclosed = bool(rng.integers(2))
         rows, labels, tasks, heads = [], [], [], []
@@ -120,7 +177,7 @@ class Conversations(IterableDataset[dict[str, Any]]):
                 answer = self._ids(f"{question.answer}<|im_end|>")
                 ids = ids + ask + answer
                 target += [IGNORE] * len(ask) + answer
-                task += [IGNORE] * len(ask) + [TASKS.index(question.task)] * len(answer)
+                task += [IGNORE] * len(ask) + [LEARNT.index(question.task)] * len(answer)
             rows.append(ids)
             labels.append(target)
             tasks.append(task)
@@ -168,22 +225,110 @@ def model_inputs(
     }
 
 
+def missing(batch: dict[str, Tensor], most: float, rng: np.random.Generator) -> Tensor:
+    """Which visual tokens of each video survive, ``(B, n)`` bool: a random choice.
+
+    Of all videos as many are missing, a share up to ``most``; every other time one whole frame
+    of each is spared, as an anchor frame would be.
+    """
+    rows, total = len(batch["frames"]), batch["frames"].shape[1] // 2 * TOKENS_PER_FRAME
+    rank = torch.from_numpy(rng.random((rows, total), np.float32))
+    if rng.random() < 0.5:
+        whole = torch.from_numpy(rng.integers(total // TOKENS_PER_FRAME, size=rows))
+        rank.view(rows, -1, TOKENS_PER_FRAME)[torch.arange(rows), whole] += 1
+    kept = total - min(int(total * most * rng.random()), total - TOKENS_PER_FRAME)
+    return rank >= rank.sort(-1, descending=True).values[:, kept - 1 : kept]
+
+
+def without(
+    model: Qwen3VLForConditionalGeneration, inputs: dict[str, Tensor], survive: Tensor
+) -> tuple[dict[str, Any], Tensor]:
+    """The inputs without the visual tokens that are missing, and the columns left, ``(B, L')``.
+
+    Those that survive keep their positions.
+    """
+    ids = inputs["input_ids"]
+    seen = ids == model.config.video_token_id
+    left = torch.ones_like(seen)
+    left[seen] = survive.flatten()
+    columns = left.nonzero()[:, 1].view(len(ids), -1)
+    encoded = model.model.get_video_features(
+        inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
+    )
+    # As one item: the model joins the features of all items anyway.
+    encoded.pooler_output = (torch.cat(encoded.pooler_output)[survive.flatten()],)
+    encoded.deepstack_features = [
+        (torch.cat(layer)[survive.flatten()],) for layer in encoded.deepstack_features
+    ]
+    return {
+        "input_ids": ids.gather(1, columns),
+        "position_ids": inputs["position_ids"].gather(2, columns.expand(3, -1, -1)),
+        "mm_encoder_outputs": {"video": encoded},
+    }, columns
+
+
+class Hint:
+    """Tells the text model where the decisive differences are, until it finds them by itself.
+
+    A linear read-out of the hidden states in the middle of the text model; it is thrown away after
+    training. From answers alone a model of this size does not learn to compare frames in the time
+    that it is given.
+    """
+
+    def __init__(self, model: Qwen3VLForConditionalGeneration) -> None:
+        self.head = nn.Linear(model.config.text_config.hidden_size, 1)
+        self.heard: list[Tensor] = []
+        layers = model.model.language_model.layers
+        layers[len(layers) // 2].register_forward_pre_hook(self._hear)
+
+    def _hear(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.heard[:] = args[:1]
+
+    def loss(self, seen: Tensor, batch: dict[str, Tensor], survive: Tensor | None) -> Tensor:
+        changed = batch["changed"]
+        known = changed.flatten() if survive is None else changed[survive]
+        told: Tensor = self.head(self.heard[0][seen])[:, 0]
+        subtle = ~known.isnan()
+        if not subtle.any():
+            return told.sum() * 0
+        # Few tokens change: they weigh as much as the rest.
+        weight = torch.tensor(8.0)
+        return nn.functional.binary_cross_entropy_with_logits(
+            told[subtle], known[subtle], pos_weight=weight
+        )
+
+
 def answer_loss(
-    model: Qwen3VLForConditionalGeneration, batch: dict[str, Tensor]
+    model: Qwen3VLForConditionalGeneration,
+    batch: dict[str, Tensor],
+    survive: Tensor | None = None,
+    hint: Hint | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy over answer tokens; right and asked counts per task, ``(2, tasks)``."""
-    hidden = model.model(**model_inputs(model, batch)).last_hidden_state
-    labels = batch["labels"][:, 1:]
+    """Mean cross-entropy over answer tokens; right and asked counts per task, ``(2, tasks)``.
+
+    ``survive``: the visual tokens that the model is shown, ``(B, n)`` bool; all if None.
+    ``hint`` adds its loss.
+    """
+    inputs: dict[str, Any] = model_inputs(model, batch)
+    labels, tasks = batch["labels"], batch["tasks"]
+    if survive is not None:
+        inputs, columns = without(model, inputs, survive)
+        labels, tasks = labels.gather(1, columns), tasks.gather(1, columns)
+    hidden = model.model(**inputs).last_hidden_state
+    labels, tasks = labels[:, 1:], tasks[:, 1:]
     asked = labels != IGNORE
     logits = model.lm_head(hidden[:, :-1][asked])
-    labels, tasks = labels[asked], batch["tasks"][:, 1:][asked]
+    labels, tasks = labels[asked], tasks[asked]
     right = (logits.argmax(-1) == labels).float()
     # Every answer ends alike: its last token says nothing.
     telling = (labels != model.generation_config.eos_token_id).float()
-    counts = torch.zeros(2, len(TASKS))
+    counts = torch.zeros(2, len(LEARNT))
     counts[0].index_add_(0, tasks, right * telling)
     counts[1].index_add_(0, tasks, telling)
-    return nn.functional.cross_entropy(logits, labels), counts
+    loss = nn.functional.cross_entropy(logits, labels)
+    if hint is not None:
+        loss = loss + hint.loss(inputs["input_ids"] == model.config.video_token_id, batch, survive)
+    return loss, counts
 
 
 def train(
@@ -191,27 +336,32 @@ def train(
     out: Path,
     steps: int,
     batch: int = 32,
-    short: float = 0.4,
-    longest: int = 10,
-    rate: float = 2e-3,
+    short: float = 0.2,
+    longest: int = 8,
+    rate: float = 1.5e-3,
     seed: int = 0,
     workers: int = 1,
     init: Path | None = None,
     stop: int | None = None,
     fall: float = 0.25,
-    motion: float = 0.5,
+    shrink: float = 0.5,
+    drop: float = 0.0,
+    hint: bool = True,
 ) -> None:
     """Train from scratch, or from the checkpoint ``init``; save model and processor into ``out``.
 
-    The first ``short`` share of the steps sees clips of 4 temporal patches, the rest 4 to
-    ``longest``. The rate warms up over 200 steps, holds, and falls linearly over the last ``fall``.
+    The first ``short`` share of the steps sees clips of 4 and 5 temporal patches, the rest up to
+    ``longest``; subtle differences shrink over the first ``shrink`` share. The rate warms up over
+    200 steps, holds, and falls linearly over the last ``fall``. ``drop``: up to this share of the
+    visual tokens of a prompt is missing; then the vision tower stays as it is.
     """
+    processor = build_processor()
+    model = build_model(processor, seed=seed)
     if init:
-        processor = Qwen3VLProcessor.from_pretrained(init)
-        model = Qwen3VLForConditionalGeneration.from_pretrained(init)
-    else:
-        processor = build_processor()
-        model = build_model(processor, seed=seed)
+        start(model, processor, init)
+    if drop:
+        model.model.visual.requires_grad_(False)
+    told = Hint(model) if hint else None
     AttentionInterface.register("flash_equal_frames", equal_frames_attention)
     model.model.visual.config._attn_implementation = "flash_equal_frames"
     data = Conversations(
@@ -220,12 +370,13 @@ def train(
         seed=seed,
         short=int(short * steps),
         longest=longest,
-        still=0 if init else steps // 10,
-        motion=motion,
+        shrink=int(shrink * steps),
     )
     loader = iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4))
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    learnt += told.head.parameters() if told else []
+    decay = [p for p in learnt if p.ndim > 1]
+    plain = [p for p in learnt if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
         lr=rate,
@@ -239,9 +390,11 @@ def train(
         part.compile(dynamic=True)
     model.train()
     last = min(steps, stop or steps)
-    began, losses, counts = time.monotonic(), [], torch.zeros(2, len(TASKS))
+    rng = np.random.default_rng([seed, 1])
+    began, losses, counts = time.monotonic(), [], torch.zeros(2, len(LEARNT))
     for step in range(1, last + 1):
-        loss, found = answer_loss(model, next(loader))
+        shown = next(loader)
+        loss, found = answer_loss(model, shown, missing(shown, drop, rng) if drop else None, told)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -250,8 +403,11 @@ def train(
         losses.append(loss.item())
         counts += found
         if step % 50 == 0:
-            shares = (counts[0] / counts[1].clamp_min(1)).tolist()
-            scores = "  ".join(f"{task} {x:.2f}" for task, x in zip(TASKS, shares, strict=True))
+            # Tasks that are hard are seen more often.
+            wrong = 1 - counts[0] / counts[1].clamp_min(1)
+            data.weights.copy_(0.5 * data.weights + 0.5 * (0.15 + wrong))
+            shares = (1 - wrong).tolist()
+            scores = "  ".join(f"{task} {x:.2f}" for task, x in zip(LEARNT, shares, strict=True))
             minutes = (time.monotonic() - began) / 60
             loss_now = np.mean(losses[-50:])
             print(
@@ -260,6 +416,23 @@ def train(
             counts.zero_()
         if step % 500 == 0 or step == last:
             save(model, processor, out)
+
+
+def start(
+    model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, source: Path
+) -> None:
+    """Copy the weights of a checkpoint whose tokenizer may be another: a row for each token."""
+    known = Qwen3VLProcessor.from_pretrained(source).tokenizer.get_vocab()
+    old = Qwen3VLForConditionalGeneration.from_pretrained(source).state_dict()
+    new = model.state_dict()
+    vocabulary = processor.tokenizer.get_vocab()
+    both = [(vocabulary[token], known[token]) for token in vocabulary if token in known]
+    ours, theirs = (torch.tensor(rows) for rows in zip(*both, strict=True))
+    for name, value in new.items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            value[ours] = old[name][theirs]
+        else:
+            value.copy_(old[name])
 
 
 def save(model: Qwen3VLForConditionalGeneration, processor: Qwen3VLProcessor, out: Path) -> None:
@@ -274,11 +447,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--short", type=float, default=0.4, help="share of steps at 4 patches")
-    parser.add_argument("--longest", type=int, default=10, help="temporal patches at most")
-    parser.add_argument("--rate", type=float, default=2e-3, help="greatest learning rate")
+    parser.add_argument("--short", type=float, default=0.2, help="share of steps at 4, 5 patches")
+    parser.add_argument("--longest", type=int, default=8, help="temporal patches at most")
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="greatest learning rate")
     parser.add_argument("--fall", type=float, default=0.25, help="share of steps of falling rate")
-    parser.add_argument("--motion", type=float, default=0.5, help="share of clips that move")
+    parser.add_argument("--shrink", type=float, default=0.5, help="share of steps of easier clips")
+    parser.add_argument("--no-hint", dest="hint", action="store_false", help="answers alone")
+    parser.add_argument("--drop", type=float, default=0.0, help="visual tokens missing at most")
     parser.add_argument("--init", type=Path, help="checkpoint to go on from")
     parser.add_argument("--stop", type=int, help="end after this many of the steps")
     parser.add_argument("--seed", type=int, default=0)
@@ -296,7 +471,9 @@ def main() -> None:
         init=args.init,
         stop=args.stop,
         fall=args.fall,
-        motion=args.motion,
+        shrink=args.shrink,
+        drop=args.drop,
+        hint=args.hint,
     )
 
 

@@ -1,0 +1,1 @@
+"""What compression costs in answers, by task and by motion: ``tokenfuse bench retention``."""

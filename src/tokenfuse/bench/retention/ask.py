@@ -1,0 +1,162 @@
+"""Ask one model all questions of a plan under every setting.
+
+The vision tower sees the clips of a task once; the batch is the same for all settings, and in every
+run, so that equal settings give equal answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenfuse.adapters.base import Adapter
+from tokenfuse.bench.compare import generate
+from tokenfuse.bench.micro import LONGEST, encoding_once, texts
+from tokenfuse.bench.retention.plan import (
+    BLIND,
+    CONTROLS,
+    UNCOMPRESSED,
+    UNDECIDED,
+    Plan,
+    Setting,
+)
+from tokenfuse.bench.retention.records import Answers, Clips, Described, Header, Records
+from tokenfuse.engine import compress_with, prompt_adapter
+from tokenfuse.inference import load
+from tokenfuse.micro.evaluate import clip_inputs
+from tokenfuse.micro.questions import SUBTLE, StratumTask
+from tokenfuse.micro.strata import StratumClip, make_stratum_clip
+from tokenfuse.plan import FusionPlan
+from tokenfuse.registry import registry
+from tokenfuse.report import versions
+
+Tick = Callable[[str, int], None]
+"""Hears of each setting of each task when it is done: what was done, and how many answers."""
+
+
+def ask(
+    name: str, source: Path, plan: Plan, chosen: Sequence[Setting], records: Records, tick: Tick
+) -> None:
+    """Add to ``records`` what they lack of the plan.
+
+    Raises ConfigError or UnsupportedModelError.
+    """
+    model, processor = load(source)
+    processor.tokenizer.padding_side = "left"
+    records.begin(
+        Header(
+            model=name,
+            sha256=fingerprint(model),
+            questions=plan.questions,
+            patches=plan.patches,
+            seed=plan.seed,
+            device=str(model.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            versions=versions(),
+        )
+    )
+    for setting in chosen:
+        if setting.key not in records.described:
+            records.append(Described(setting=setting.key, config=setting.strategy.describe()))
+    for task in plan.tasks:
+        missing = list(lacking(plan, chosen, records, task))
+        if missing:
+            _ask_task(model, processor, plan, task, missing, records, tick)
+
+
+def lacking(
+    plan: Plan, chosen: Sequence[Setting], records: Records, task: StratumTask
+) -> Iterator[Setting | str]:
+    """The settings, uncompressed and controls first, that have no answers to a task yet."""
+    if not plan.strata(task):
+        return
+    subtle = task in SUBTLE
+    for plain in (UNCOMPRESSED, *(c for c in CONTROLS if subtle or c != UNDECIDED)):
+        if not records.done(task, plain):
+            yield plain
+    yield from (setting for setting in chosen if not records.done(task, setting.key))
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 of the weights, as they are used."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _ask_task(
+    model: Any,
+    processor: Any,
+    plan: Plan,
+    task: StratumTask,
+    missing: Sequence[Setting | str],
+    records: Records,
+    tick: Tick,
+) -> None:
+    clips = [
+        make_stratum_clip(stratum, seed, patches=plan.patches)
+        for stratum in plan.strata(task)
+        for seed in plan.seeds(stratum)
+    ]
+    if task not in records.clips:
+        moved: dict[str, list[float]] = {}
+        for clip in clips:
+            moved.setdefault(clip.stratum.motion, []).append(round(clip.displacement, 4))
+        records.append(Clips(task=task, displacement=moved))
+    inputs = clip_inputs(processor, clips, [clip.question.text for clip in clips])
+    inputs = inputs.to(model.device)
+    found = registry()
+    adapter = encoding_once(prompt_adapter(model, found))
+    for setting in missing:
+        if isinstance(setting, str):
+            key, short = setting, _shown(adapter, inputs, clips, setting)
+        else:
+            key, short = setting.key, compress_with(adapter, inputs, setting.strategy, found)
+        ids, _ = generate(model, short, LONGEST)
+        left = adapter.placeholders(short, "video").sum(-1).tolist()
+        records.append(_answers(clips, key, texts(processor, ids), left))
+        tick(f"{task}: {key}", len(clips))
+
+
+def _answers(
+    clips: Sequence[StratumClip], key: str, given: Sequence[str], left: Sequence[int]
+) -> Answers:
+    right: dict[str, str] = {}
+    tokens: dict[str, int] = {}
+    for clip, text, count in zip(clips, given, left, strict=True):
+        motion = clip.stratum.motion
+        right[motion] = right.get(motion, "") + "01"[text == clip.question.answer]
+        tokens[motion] = tokens.get(motion, 0) + count
+    return Answers(task=clips[0].stratum.task, setting=key, right=right, tokens=tokens)
+
+
+def _shown(
+    adapter: Adapter, inputs: Mapping[str, Any], clips: Sequence[StratumClip], control: str
+) -> Mapping[str, Any]:
+    """The inputs without the visual tokens that a control hides."""
+    if control == UNCOMPRESSED:
+        return inputs
+    encoded = adapter.encode(inputs, {})
+    plans = []
+    for clip, item in zip(clips, encoded[0].items, strict=True):
+        frame = torch.arange(item.num_tokens, device=item.features.device)
+        frame //= item.grid[1] * item.grid[2]
+        hidden = torch.ones_like(frame, dtype=torch.bool)
+        if control != BLIND and clip.decisive is not None:
+            hidden = (frame >= clip.decisive[0]) & (frame < clip.decisive[1])
+        plans.append(FusionPlan.from_survivors((~hidden).nonzero()[:, 0], item.num_tokens))
+    fused = adapter.fuse(encoded[0], plans, lambda plan, x: plan.select(x))
+    prompt, _ = adapter.realign(inputs, encoded, {"video": plans}, "keep", None)
+    if control == BLIND:
+        # Nothing is shown: a prompt of text.
+        return prompt
+    read = adapter.encoder_inputs(inputs, "video")
+    rest = {name: value for name, value in inputs.items() if name not in read}
+    return {**rest, **prompt, "mm_encoder_outputs": {"video": fused}}

@@ -1,0 +1,133 @@
+"""What a retention benchmark asks, of which models, with which settings."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tokenfuse.bench.candidates import ALL, comparable
+from tokenfuse.config import KEY, load_strategy
+from tokenfuse.errors import ConfigError
+from tokenfuse.micro.motion import MOTIONS, Motion
+from tokenfuse.micro.questions import PLAIN, SUBTLE, StratumTask
+from tokenfuse.micro.strata import LEAST, LEAST_FOR, Stratum, refusal
+from tokenfuse.registry import Registry
+from tokenfuse.strategies.base import Strategy
+
+UNCOMPRESSED = "uncompressed"
+BLIND = "blind"
+UNDECIDED = "undecided"
+CONTROLS = (BLIND, UNDECIDED)
+"""Settings that no model may pass: no visual token; none of the decisive temporal patches."""
+
+
+SEEDS = 1000
+"""Seeds of a motion: no two strata of a task share one, so that their questions are independent."""
+
+
+class Sweep(BaseModel):
+    """A strategy at every point of a grid.
+
+    ``strategy``: a name, preset, YAML file or mapping, or ``all`` for every registered one that
+    takes a ``keep_ratio``. ``grid``: values of options by name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+    strategy: str | dict[str, Any]
+    grid: dict[str, list[Any]] = {}
+
+
+class Plan(BaseModel):
+    """The whole benchmark. ``questions`` are per stratum.
+
+    ``focus``: names of sweeps with one setting, whose strata are shown one by one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    questions: int = Field(10, ge=1, le=SEEDS)
+    patches: int = Field(8, ge=LEAST, le=16)
+    seed: int = Field(0, ge=0)
+    tasks: list[StratumTask] = [*PLAIN, *SUBTLE]
+    motions: list[Motion] = list(MOTIONS)
+    sweeps: list[Sweep] = [
+        Sweep(name="published", strategy="ttf-published"),
+        Sweep(name="ttf", strategy="ttf"),
+        Sweep(name="strategies", strategy=ALL, grid={"keep_ratio": [0.33]}),
+    ]
+    focus: list[str] = []
+
+    def strata(self, task: StratumTask) -> list[Stratum]:
+        """The strata of one task, none where its clips need more temporal patches."""
+        if self.patches < LEAST_FOR.get(task, LEAST):
+            return []
+        return [Stratum(task, motion) for motion in self.motions if refusal(task, motion) is None]
+
+    def seeds(self, stratum: Stratum) -> range:
+        """The seeds of a stratum's clips."""
+        first = self.seed + SEEDS * MOTIONS.index(stratum.motion)
+        return range(first, first + self.questions)
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One configured strategy. ``where``: the sweeps it is a point of, and their grid values."""
+
+    key: str
+    strategy: Strategy
+    where: dict[str, dict[str, Any]]
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan from YAML. Raises ConfigError that names the key and what was expected."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path} holds no mapping; expected keys such as questions and sweeps")
+    try:
+        return Plan.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path}: {at}: {first['msg']}; got {first['input']!r}") from error
+
+
+def settings(plan: Plan, among: Registry) -> list[Setting]:
+    """Every point of every sweep, equal ones once. Raises ConfigError."""
+    found: dict[str, Setting] = {}
+    for sweep in plan.sweeps:
+        for point, strategy in _points(sweep, among):
+            key = key_of(strategy)
+            setting = found.setdefault(key, Setting(key, strategy, {}))
+            setting.where[sweep.name] = point
+    for name in plan.focus:
+        if sum(name in setting.where for setting in found.values()) != 1:
+            raise ConfigError(f"focus: {name} is no sweep with one setting: name one that is")
+    return list(found.values())
+
+
+def key_of(strategy: Strategy) -> str:
+    """A short name of a configuration: equal configurations have equal ones."""
+    text = json.dumps(strategy.describe(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _points(sweep: Sweep, among: Registry) -> Iterator[tuple[dict[str, Any], Strategy]]:
+    wide = sweep.strategy == ALL and ALL not in among.strategies
+    for source in comparable(among) if wide else [sweep.strategy]:
+        for values in itertools.product(*sweep.grid.values()):
+            point = dict(zip(sweep.grid, values, strict=True))
+            strategy = load_strategy(source, point, among=among)
+            yield {KEY: strategy.name, **point}, strategy

@@ -1,0 +1,78 @@
+"""``tokenfuse bench retention``: ask, then show."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from tokenfuse.bench.micro import write
+from tokenfuse.bench.plot import check
+from tokenfuse.bench.retention.ask import ask, lacking
+from tokenfuse.bench.retention.figures import figures
+from tokenfuse.bench.retention.page import page
+from tokenfuse.bench.retention.plan import Plan, settings
+from tokenfuse.bench.retention.records import Records
+from tokenfuse.bench.retention.summary import Summary
+from tokenfuse.errors import ConfigError
+from tokenfuse.registry import registry
+
+
+def retention(
+    plan: Plan,
+    models: Mapping[str, Path],
+    out: Path,
+    *,
+    ask_only: Sequence[str],
+    command: str,
+    err: Console,
+) -> Path:
+    """Ask the models in ``ask_only`` what ``out`` lacks; write the page of all models; its path.
+
+    ``out``: a folder, with a file ``<model>.jsonl`` of answers each, ``index.md`` and pictures.
+    Raises ConfigError or UnsupportedModelError.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    check(out / "any.png")
+    chosen = settings(plan, registry())
+    for name in ask_only:
+        records = Records(out / f"{name}.jsonl")
+        missing = sum(
+            len(plan.strata(task)) * plan.questions
+            for task in plan.tasks
+            for _ in lacking(plan, chosen, records, task)
+        )
+        bar = Progress(
+            TextColumn(name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("answers"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=err,
+        )
+        with bar:
+            job = bar.add_task("loading the model", total=missing)
+            tick = functools.partial(_advance, bar, job)
+            ask(name, models[name], plan, chosen, records, tick)
+    held = [Records(out / f"{name}.jsonl") for name in models if (out / f"{name}.jsonl").exists()]
+    summaries = [summary for records in held if (summary := Summary(records)).tasks]
+    if not summaries:
+        raise ConfigError(f"{out} holds no answers yet; expected a model to ask: name one")
+    text = page(plan, chosen, summaries, figures(plan, chosen, summaries, out), command)
+    write(out / "index.md", text)
+    return out / "index.md"
+
+
+def _advance(bar: Progress, job: TaskID, what: str, answers: int) -> None:
+    bar.update(job, advance=answers, description=what)
