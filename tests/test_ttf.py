@@ -62,6 +62,7 @@ def configs(draw, grid, budget=None, **fixed):
         "reduce": draw(st.sampled_from(["mean", "keep"])),
         "segments": draw(st.sampled_from(["auto", "single"])),
         "reanchor": draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
+        "guard": draw(st.sampled_from(["none", "motion"])),
         "min_tokens_per_frame": draw(st.sampled_from([0, 0, 1, 3, 100])),
         **fixed,
     }
@@ -368,6 +369,40 @@ def test_a_pan_leaves_only_the_border_that_it_reveals(reference, h, w, down, rig
         assert blind.is_identity, "the window is what finds the motion"
 
 
+def test_the_guard_lets_a_camera_pan():
+    random = torch.Generator().manual_seed(0)
+    world = torch.randn(8, 12, 16, generator=random)
+    x = torch.stack([world[:, f : f + 8] for f in range(4)])
+    tokens = VisualTokens.from_grid(x, (4, 8, 8))
+    free = TTF(threshold=0.9999, reference="previous", segments="single")
+    plan = free.model_copy(update={"guard": "motion"}).plan(tokens)
+    assert same(plan, free.plan(tokens)), "everything moved alike"
+    assert plan.num_kept == 64 + 3 * 8
+
+
+@pytest.mark.parametrize("reference", ["anchor", "previous"])
+def test_the_guard_keeps_what_moves_by_itself_and_what_it_leaves(reference):
+    background, object_ = torch.eye(4)[:2]
+    x = background.expand(4, 7, 7, 4).clone()
+    for f in range(4):
+        x[f, 3, 1 + f] = object_
+    tokens = VisualTokens.from_grid(x, (4, 7, 7))
+    config = TTF(reference=reference, anchor="first", segments="single")
+    assert config.plan(tokens).num_kept < 49 + 6, "the object is taken for its old self"
+    kept = config.model_copy(update={"guard": "motion"}).plan(tokens).survivors
+    places = {tuple(c) for c in tokens.coords[kept].tolist() if c[0]}
+    came = {(f, 3, 1 + f) for f in (1, 2, 3)}
+    left = {(f, 3, 1 if reference == "anchor" else f) for f in (1, 2, 3)}
+    assert places == came | left
+
+
+@pytest.mark.parametrize("grid", [(3, 1, 1), (3, 1, 5), (3, 5, 1), (3, 2, 2)])
+def test_the_guard_needs_no_neighbours(grid):
+    x = torch.randn(1, *grid[1:], 8, generator=torch.Generator().manual_seed(1))
+    still = VisualTokens.from_grid(x.expand(*grid, 8).contiguous(), grid)
+    assert TTF(guard="motion").plan(still).num_kept == grid[1] * grid[2]
+
+
 # --- zero vectors, lengths, dtypes --------------------------------------------------------------
 
 
@@ -498,14 +533,39 @@ class Loops:
         return best
 
     def match(self):
-        return [[self.best(f, i) for i in range(self.p)] for f in range(self.t)]
+        reach = self.config.window // 2
+        found = [[self.best(f, i, reach) for i in range(self.p)] for f in range(self.t)]
+        if self.config.guard == "none" or reach == 0:
+            return found
+        return [
+            [
+                m if m is None or self.alike_around(row, i) else self.best(f, i, 0)
+                for i, m in enumerate(row)
+            ]
+            for f, row in enumerate(found)
+        ]
 
-    def best(self, f, place):
+    def alike_around(self, row, place):
+        """Whether most neighbours of a place found their match by the same shift."""
+        i, j = place // self.w, place % self.w
+
+        def shift(at):
+            return row[at][1] % self.p // self.w - at // self.w, row[at][1] % self.w - at % self.w
+
+        around = [
+            y * self.w + z
+            for y in range(max(0, i - 1), min(self.h, i + 2))
+            for z in range(max(0, j - 1), min(self.w, j + 2))
+            if (y, z) != (i, j)
+        ]
+        return sum(shift(at) == shift(place) for at in around) > len(around) / 2
+
+    def best(self, f, place, reach):
         """The similarity of a token, and the source index of its match."""
         if self.is_anchor(f):
             return None
         other = f - 1 if self.chained else self.anchor_of[f]
-        i, j, reach = place // self.w, place % self.w, self.config.window // 2
+        i, j = place // self.w, place % self.w
         best = None
         found = []
         for y in range(self.h):
@@ -653,11 +713,13 @@ def meta_tokens(grid, width=8):
     ("reference", "anchor"),
     [("anchor", "auto"), ("anchor", "first"), ("anchor", 3), ("previous", "auto")],
 )
+@pytest.mark.parametrize("guard", ["none", "motion"])
 def test_keep_ratio_mode_never_reads_a_value(
-    reference, anchor, segments, min_tokens_per_frame, keep_ratio
+    guard, reference, anchor, segments, min_tokens_per_frame, keep_ratio
 ):
     grid = (5, 3, 4)
     config = TTF(
+        guard=guard,
         reference=reference,
         anchor=anchor,
         segments=segments,
@@ -745,6 +807,8 @@ def test_matching_flops_are_the_published_figure():
     assert TTF().matching_flops((16, 16, 16), 4096) == 15 * 256 * 9 * 4096
     assert TTF().matching_flops((16, 16, 16), 4096) / 1e9 == pytest.approx(0.16, rel=0.15)
     assert TTF().matching_flops((1, 16, 16), 4096) == 0
+    assert TTF(guard="motion").matching_flops((16, 16, 16), 4096) == 15 * 256 * 10 * 4096
+    assert TTF(guard="motion", window=1).matching_flops((2, 1, 1), 8) == 8
 
 
 # --- speed --------------------------------------------------------------------------------------

@@ -9,6 +9,9 @@ from torch import Tensor
 NO_MATCH = -2.0
 """Similarity of a token that matches nothing, below every cosine."""
 
+NEIGHBOURS = [(i, j) for i in range(3) for j in range(3) if (i, j) != (1, 1)]
+"""Where the 8 places around one stand in a grid that is padded by one."""
+
 STEP = 2.0**-17
 """Cosines are rounded to multiples of this, some ten times what fp32 gets wrong."""
 
@@ -48,6 +51,25 @@ def window_match(
             similarity[:, rows, cols] = best.view(queries.shape[:3])
             index[:, rows, cols] = place.view(queries.shape[:3])
     return similarity, index
+
+
+def moved_alike(index: Int[Tensor, "T H W"]) -> Bool[Tensor, "T H W"]:
+    """Whether most of the up to 8 places around each one are matched by the same shift.
+
+    ``index``: the matches of ``window_match``.
+    """
+    _, height, width = index.shape
+    place = torch.arange(height * width, device=index.device).view(height, width)
+    # Rows and columns of the shift, one beyond the grid marked as no shift at all.
+    shift = torch.stack([index // width - place // width, index % width - place % width])
+    around = torch.nn.functional.pad(shift, (1, 1, 1, 1), value=height + width)
+    same = torch.zeros_like(index)
+    there = torch.zeros_like(place)
+    for down, right in NEIGHBOURS:
+        beside = around[:, :, down : down + height, right : right + width]
+        same += (beside == shift).all(0)
+        there += beside[0, 0] < height + width
+    return 2 * same > there
 
 
 def on_host(x: Tensor) -> bool:

@@ -15,7 +15,7 @@ PlainTask = Literal[
     "color", "shape", "direction", "flash", "order", "count", "events", "repeat", "end"
 ]
 SubtleTask = Literal["hue", "patch", "gap", "drift", "vanish"]
-StratumTask = PlainTask | SubtleTask
+StratumTask = Literal[PlainTask, SubtleTask]
 
 PLAIN: tuple[PlainTask, ...] = get_args(PlainTask)
 SUBTLE: tuple[SubtleTask, ...] = get_args(SubtleTask)

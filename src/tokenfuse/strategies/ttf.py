@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from tokenfuse.errors import ConfigError
-from tokenfuse.kernels.window import STEP, cosine, on_host, window_match
+from tokenfuse.kernels.window import STEP, cosine, moved_alike, on_host, window_match
 from tokenfuse.plan import FusionPlan, Reduce
 from tokenfuse.strategies.base import Budgeted, Need
 from tokenfuse.strategies.select import first_argmax, true_indices
@@ -41,6 +41,11 @@ class TTF(Budgeted):
     ``reference="previous"`` compares each frame with the one before instead, and a fused token
     belongs to whatever its match belongs to. The first frame is the anchor, and with
     ``segments="auto"`` each lost frame is another.
+
+    ``guard="motion"`` (ours) accepts a match at another place only where most of the 3 × 3 places
+    around it found theirs by the same shift, as they do under a camera that moves. Elsewhere the
+    token is compared with its own place: what has left a place, or come to one, is not explained by
+    a look-alike beside it.
 
     ``keep_ratio`` replaces the threshold by the value that leaves exactly ⌈keep_ratio · N⌉
     survivors: first the anchors, then the ``min_tokens_per_frame`` least similar of each frame,
@@ -76,6 +81,11 @@ class TTF(Budgeted):
     reanchor: float = Field(
         0.1, ge=0, le=1, description="matched share of a frame below which it needs a new anchor"
     )
+    guard: Literal["none", "motion"] = Field(
+        "none",
+        description="motion: a match at another place counts only where the places around it moved "
+        "alike; none: as published",
+    )
     min_tokens_per_frame: int = Field(
         0, ge=0, description="least similar tokens of each frame that always stay"
     )
@@ -108,7 +118,13 @@ class TTF(Budgeted):
 
     def matching_flops(self, grid: Grid, width: int) -> int:
         t, h, w = grid
-        return (t - 1) * h * w * self.window**2 * width
+        compared = self.window**2 + (self._guards and 1)
+        return (t - 1) * h * w * compared * width
+
+    @property
+    def _guards(self) -> bool:
+        """Whether a match may be at another place, and is looked at again."""
+        return self.guard == "motion" and self.window > 1
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
         return _Matches(self, tokens).plan_by_budget(count)
@@ -196,6 +212,11 @@ class _Matches:
     def _match(self, reference: Tensor) -> None:
         """Compare the frames with ``reference``, one frame for all or one for each."""
         similarity, place = window_match(self.frames, reference, self.config.window)
+        if self.config._guards:
+            own, here = window_match(self.frames, reference, 1)
+            alike = moved_alike(place)
+            similarity = torch.where(alike, similarity, own)
+            place = torch.where(alike, place, here)
         self.similarity = similarity.flatten(1)
         self.match = place.flatten(1) + reference[:, None] * self.places
 
