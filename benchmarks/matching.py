@@ -42,8 +42,9 @@ def main() -> None:
     tokens = VisualTokens.from_grid(frames, GRID)
     jobs = {
         "one read, features.sum()": tokens.features.sum,
-        "ttf threshold=0.7": partial(strategy("ttf").plan, tokens),
+        "ttf threshold=0.7": partial(strategy("ttf", guard="none").plan, tokens),
         "ttf keep_ratio=0.33": partial(strategy("ttf", keep_ratio=0.33).plan, tokens),
+        "ttf threshold=0.7 guard=motion": partial(strategy("ttf", guard="motion").plan, tokens),
         "ttf reference=previous": partial(strategy("ttf", reference="previous").plan, tokens),
         "loop over 9 shifts, no plan": partial(shift_loop, frames),
     }
@@ -58,7 +59,7 @@ def main() -> None:
     print(f"T, H, W = {GRID}, D = {WIDTH}, {args.dtype}, 1 thread, median of {args.runs}")
     for name, values in times.items():
         median = statistics.median(values)
-        print(f"{name:30} {median:8.1f} ms  {median / read:6.1f} reads")
+        print(f"{name:31} {median:8.1f} ms  {median / read:6.1f} reads")
 
 
 if __name__ == "__main__":

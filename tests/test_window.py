@@ -55,10 +55,13 @@ def references(draw, frames):
 def agree(frames, reference, window):
     expected = loops(frames, reference, window)
     assume(expected is not None)
-    similarity, index = window_match(frames, torch.tensor(reference), window)
+    similarity, index, own = window_match(frames, torch.tensor(reference), window)
     assert similarity.dtype == torch.float32
     torch.testing.assert_close(similarity, expected[0], rtol=0, atol=2 * STEP)
     assert torch.equal(index, expected[1])
+    alone = window_match(frames, torch.tensor(reference), 1)
+    torch.testing.assert_close(own, alone[0], rtol=0, atol=2 * STEP)
+    assert torch.equal(alone[0], alone[2])
 
 
 @given(
@@ -85,7 +88,7 @@ def test_a_flat_picture_matches_place_by_place(grid, width, window, seed):
     frames = torch.randn(width, generator=generator).expand(*grid, width)
     own = torch.arange(grid[1] * grid[2]).view(grid[1:]).expand(grid)
     for reference in (torch.zeros(1, dtype=torch.long), torch.arange(grid[0])):
-        similarity, index = window_match(frames, reference, window)
+        similarity, index, _ = window_match(frames, reference, window)
         assert torch.equal(index, own)
         assert torch.equal(similarity, torch.ones(grid))
 
@@ -109,7 +112,8 @@ def test_length_does_not_matter(grid, window, seed, data):
 def test_a_vector_without_a_usable_length_matches_nothing(value):
     frames = torch.randn(2, 3, 3, 4, generator=torch.Generator().manual_seed(0))
     frames[:, 1, 1] = value
-    similarity, index = window_match(frames, torch.tensor([0]), 3)
+    similarity, index, own = window_match(frames, torch.tensor([0]), 3)
+    assert (own[:, 1, 1] == NO_MATCH).all()
     assert (similarity[:, 1, 1] == NO_MATCH).all()
     assert (index[:, 1, 1] == 4).all()
     similarity[:, 1, 1] = 0
@@ -120,5 +124,5 @@ def test_a_vector_without_a_usable_length_matches_nothing(value):
 
 def test_the_greatest_half_precision_numbers_do_not_overflow():
     frames = torch.full((2, 2, 2, 64), 65504.0, dtype=torch.float16)
-    similarity, _ = window_match(frames, torch.tensor([0]), 3)
+    similarity, _, _ = window_match(frames, torch.tensor([0]), 3)
     assert torch.equal(similarity, torch.ones(2, 2, 2))

@@ -20,13 +20,14 @@ def window_match(
     frames: Float[Tensor, "T H W D"],
     reference: Int[Tensor, " R"],
     window: int,
-) -> tuple[Float[Tensor, "T H W"], Int[Tensor, "T H W"]]:
+) -> tuple[Float[Tensor, "T H W"], Int[Tensor, "T H W"], Float[Tensor, "T H W"]]:
     """The greatest cosine of each token in ``window × window`` places of another frame, and where.
 
     ``reference``: the index of one frame for all (``R = 1``) or of one for each (``R = T``).
-    Returns the similarity, fp32, and the row-major index ``0..H*W-1`` of the match in its reference
-    frame. On ties the match with the least ``|di| + |dj|`` wins, then the first in row-major order.
-    A zero vector matches nothing: similarity NO_MATCH and its own place.
+    Returns the similarity, fp32, the row-major index ``0..H*W-1`` of the match in its reference
+    frame, and the cosine with the token's own place there, fp32. On ties the match with the least
+    ``|di| + |dj|`` wins, then the first in row-major order. A zero vector matches nothing:
+    similarity NO_MATCH and its own place.
 
     Tiles of the grid are compared with their neighbourhood in one product each, so that the
     features are read once and the work grows with the window, not with the grid.
@@ -36,6 +37,7 @@ def window_match(
     # Few large products suit a GPU; on a CPU a small tile stays in cache and wastes less.
     tile = 4 if on_host(frames) else 16
     similarity = frames.new_empty((count, height, width), dtype=torch.float32)
+    own = torch.empty_like(similarity)
     index = torch.empty((count, height, width), dtype=torch.long, device=frames.device)
     for top in range(0, height, tile):
         for left in range(0, width, tile):
@@ -47,10 +49,11 @@ def window_match(
             queries = frames[:, rows, cols].to(torch.float32)
             near = frames[:, near_rows, near_cols].index_select(0, reference).to(torch.float32)
             similar = cosine(queries.flatten(1, 2), near.flatten(1, 2))
-            best, place = _best(similar, rows, cols, near_rows, near_cols, reach, width)
+            best, place, here = _best(similar, rows, cols, near_rows, near_cols, reach, width)
             similarity[:, rows, cols] = best.view(queries.shape[:3])
+            own[:, rows, cols] = here.view(queries.shape[:3])
             index[:, rows, cols] = place.view(queries.shape[:3])
-    return similarity, index
+    return similarity, index, own
 
 
 def moved_alike(index: Int[Tensor, "T H W"]) -> Bool[Tensor, "T H W"]:
@@ -117,8 +120,11 @@ def _best(
     near_cols: slice,
     reach: int,
     width: int,
-) -> tuple[Tensor, Tensor]:
-    """The best candidate per query, ties to the nearest, then to the first in row-major order."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best candidate per query, ties to the nearest, then to the first in row-major order.
+
+    Its cosine and place, and the cosine of the query's own place.
+    """
     i, j = _places(rows, cols, similar.device)
     y, x = _places(near_rows, near_cols, similar.device)
     di = (y[None, :] - i[:, None]).abs()
@@ -129,7 +135,9 @@ def _best(
     order = (di + dj) * candidates + torch.arange(candidates, device=similar.device)
     tied = similar == best[..., None]
     order = torch.where(tied, order, torch.iinfo(torch.long).max)
-    return best, (y * width + x)[order.argmin(-1)]
+    here = (i - near_rows.start) * (near_cols.stop - near_cols.start) + j - near_cols.start
+    own = similar.gather(-1, here.expand(similar.shape[0], -1)[..., None])[..., 0]
+    return best, (y * width + x)[order.argmin(-1)], own
 
 
 def _places(rows: slice, cols: slice, device: torch.device) -> tuple[Tensor, Tensor]:

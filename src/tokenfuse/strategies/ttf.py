@@ -118,13 +118,7 @@ class TTF(Budgeted):
 
     def matching_flops(self, grid: Grid, width: int) -> int:
         t, h, w = grid
-        compared = self.window**2 + (self._guards and 1)
-        return (t - 1) * h * w * compared * width
-
-    @property
-    def _guards(self) -> bool:
-        """Whether a match may be at another place, and is looked at again."""
-        return self.guard == "motion" and self.window > 1
+        return (t - 1) * h * w * self.window**2 * width
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
         return _Matches(self, tokens).plan_by_budget(count)
@@ -211,10 +205,10 @@ class _Matches:
 
     def _match(self, reference: Tensor) -> None:
         """Compare the frames with ``reference``, one frame for all or one for each."""
-        similarity, place = window_match(self.frames, reference, self.config.window)
-        if self.config._guards:
-            own, here = window_match(self.frames, reference, 1)
+        similarity, place, own = window_match(self.frames, reference, self.config.window)
+        if self.config.guard == "motion":
             alike = moved_alike(place)
+            here = torch.arange(self.places, device=place.device).view_as(place[0])
             similarity = torch.where(alike, similarity, own)
             place = torch.where(alike, place, here)
         self.similarity = similarity.flatten(1)

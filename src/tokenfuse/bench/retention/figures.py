@@ -63,21 +63,26 @@ def _heat(
     }
     panels: list[tuple[str, Summary, bool]] = [(f"retention, {m.model}, %", m, False) for m in able]
     panels.append(("visual tokens removed, %", able[0], True))
-    for axis, (title, model, removed) in zip(axes, panels, strict=True):
-        table = []
-        for threshold in thresholds:
-            costs = [model.cost(place[threshold, window]) for window in windows]
-            table.append(
-                [100 * (c.removed if removed else c.retention.value) if c else 0 for c in costs]
-            )
-        low = min(map(min, table))
-        axis.imshow(table, aspect="auto", cmap="Greys" if removed else "viridis")
+    tables = []
+    for _, model, removed in panels:
+        costs = [[model.cost(place[t, w]) for w in windows] for t in thresholds]
+        tables.append(
+            [
+                [100 * (c.removed if removed else c.retention.value) if c else 0 for c in row]
+                for row in costs
+            ]
+        )
+    # One scale for all models.
+    least = min(value for table in tables[:-1] for row in table for value in row)
+    for axis, (title, _, removed), table in zip(axes, panels, tables, strict=True):
+        low, high = (min(map(min, table)), max(map(max, table))) if removed else (least, 100)
+        colors = "Greys" if removed else "viridis"
+        axis.imshow(table, aspect="auto", cmap=colors, vmin=low, vmax=high)
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xticks(range(len(windows)), [f"{w}×{w}" for w in windows])
         axis.set_yticks(range(len(thresholds)), [f"{t:g}" for t in thresholds])
         axis.set_xlabel("window")
         axis.set_ylabel("threshold")
-        high = max(map(max, table))
         for y, row in enumerate(table):
             for x, value in enumerate(row):
                 dark = (value - low) < 0.5 * (high - low)
