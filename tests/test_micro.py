@@ -15,7 +15,9 @@ from transformers import (
 from tokenfuse.inference import load
 from tokenfuse.micro import CHECKPOINT, SAMPLE
 from tokenfuse.micro.build import build_model, build_processor
+from tokenfuse.micro.conversations import LEARNT, Conversations
 from tokenfuse.micro.evaluate import answers, held_out
+from tokenfuse.micro.questions import PLAIN
 from tokenfuse.micro.tasks import (
     ANSWERS,
     COLORS,
@@ -27,9 +29,6 @@ from tokenfuse.micro.tasks import (
     make_clip,
 )
 from tokenfuse.micro.train import (
-    LEARNT,
-    PLAIN,
-    Conversations,
     answer_loss,
     missing,
     model_inputs,

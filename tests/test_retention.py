@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from typer.testing import CliRunner
@@ -22,6 +23,7 @@ from tokenfuse.bench.retention.run import retention
 from tokenfuse.bench.retention.summary import Summary, in_group, in_stratum
 from tokenfuse.cli import app
 from tokenfuse.errors import ConfigError
+from tokenfuse.inference import load
 from tokenfuse.micro import INSTRUMENTS
 from tokenfuse.registry import registry
 
@@ -307,3 +309,13 @@ def test_a_model_that_is_none_is_refused(tmp_path):
     )
     assert result.exit_code == 2
     assert "--model large is none of plain, robust" in result.stderr
+
+
+def test_the_instruments_are_small_and_see_alike():
+    models = {name: load(folder)[0] for name, folder in INSTRUMENTS.items()}
+    for folder in INSTRUMENTS.values():
+        assert sum(file.stat().st_size for file in folder.iterdir()) <= 4e6
+    towers = [dict(model.model.visual.state_dict()) for model in models.values()]
+    assert all(torch.equal(towers[0][name], towers[1][name]) for name in towers[0])
+    readers = [model.model.language_model.layers[0].mlp.up_proj.weight for model in models.values()]
+    assert not torch.equal(*readers)

@@ -68,7 +68,8 @@ def page(
     for sweep in plan.sweeps:
         points = [s for s in chosen if sweep.name in s.where]
         if any(model.has(s.key) for s in points for model in models):
-            sweeps.append(f"## {sweep.name}\n\n" + _sweep(sweep.name, points, models))
+            about = f"{sweep.about}\n\n" if sweep.about else ""
+            sweeps.append(f"## {sweep.name}\n\n{about}" + _sweep(sweep.name, points, models))
     focus = []
     for name in plan.focus:
         setting = next(s for s in chosen if name in s.where)
@@ -112,7 +113,7 @@ def _sweep(name: str, points: Sequence[Setting], models: Sequence[Summary]) -> s
     several = len({s.where[name][KEY] for s in points}) > 1
     for setting in points:
         point = setting.where[name]
-        title = label(point)
+        title = label(point) or NONE
         if several:
             title = f"`{point[KEY]}`" + (f", {title}" if len(point) > 1 else "")
         for model in models:

@@ -37,7 +37,7 @@ class Sweep(BaseModel):
     """A strategy at every point of a grid.
 
     ``strategy``: a name, preset, YAML file or mapping, or ``all`` for every registered one that
-    takes a ``keep_ratio``. ``grid``: values of options by name.
+    takes a ``keep_ratio``. ``grid``: values of options by name. ``about``: a sentence for the page.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +45,7 @@ class Sweep(BaseModel):
     name: str = Field(min_length=1)
     strategy: str | dict[str, Any]
     grid: dict[str, list[Any]] = {}
+    about: str = ""
 
 
 class Plan(BaseModel):

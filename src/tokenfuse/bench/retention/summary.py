@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from tokenfuse.bench.micro import interval
 from tokenfuse.bench.paired import Interval, Right, bootstrap, mcnemar
 from tokenfuse.bench.retention.plan import UNCOMPRESSED
 from tokenfuse.bench.retention.records import Records
+from tokenfuse.config import KEY
 from tokenfuse.micro.displacement import Group, group
 from tokenfuse.micro.questions import STRATUM_ANSWERS
 
@@ -132,7 +133,7 @@ def chance(task: str) -> float:
     return 1 / len(STRATUM_ANSWERS[task])  # type: ignore[index] # records hold plain strings
 
 
-def label(point: Mapping[str, Any], leave: Sequence[str] = ()) -> str:
+def label(point: Mapping[str, Any]) -> str:
     """The values of a grid point, such as ``threshold 0.7, window 3``."""
-    parts = [f"{key} {value}" for key, value in point.items() if key not in ("strategy", *leave)]
-    return ", ".join(parts) or "as it is"
+    parts = [f"{key} {value}" for key, value in point.items() if key != KEY]
+    return ", ".join(parts)
