@@ -1,0 +1,1 @@
+"""tokenfuse inside other programs; nothing here is imported unless they ask for it."""
