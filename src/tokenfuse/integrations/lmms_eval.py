@@ -118,6 +118,9 @@ def compressing(base: Any) -> Any:
             self._found = Registry([self.measured])
             _write_into_results()
             super().__init__(**kept)
+            if self.strategy is not None:
+                # A strategy that this model cannot take is refused before any prompt.
+                attach(self.model, self.strategy, among=self._found)
 
         def generate_until(self, requests: Any) -> Any:
             if self.strategy is None:

@@ -117,7 +117,9 @@ def _motion(
         axis.set_ylabel("retention, %")
         axis.set_title(model.model, loc="left", fontsize=10)
         axis.grid(color="#e6e6e6", linewidth=0.8)
-        axis.legend(fontsize=8, frameon=False)
+    lines, names = axes[0].get_legend_handles_labels()
+    place = {"loc": "outside lower center", "ncols": len(names)}
+    figure.legend(lines, names, fontsize=8, frameon=False, **place)
     figure.savefig(folder / "motion.png", dpi=130)
     return "Retention by measured motion", "motion.png"
 
