@@ -31,14 +31,15 @@ answers {counted:.0%} or more without compression; in brackets the 95 % bootstra
 McNemar's exact test against the uncompressed run. An answer counts if it is right to the letter.
 
 `plain` has never seen a prompt with missing tokens; `robust` was fine-tuned on such. Both have the
-same vision tower. What both lose is lost information; what only `plain` loses is, for the most
-part, unfamiliar input. What this means is in [Does compression cost answers?]({about}).
+same vision tower. What `plain` alone loses is, for the most part, unfamiliar input. What all this
+means is in [Does compression cost answers?]({about}).
 
 {pictures}
 ## Without compression
 
 Right answers. *Blind*: every visual token removed; *undecided*: those of the decisive temporal
-patches removed, for the subtle tasks (from `hue` on). Neither may differ from chance.
+patches removed, for the subtle tasks (from `hue` on). Neither may be better than chance; a model that gives no
+answer of the task at all scores 0.
 
 {plain}
 {sweeps}
