@@ -38,8 +38,8 @@ means is in [Does compression cost answers?]({about}).
 ## Without compression
 
 Right answers. *Blind*: every visual token removed; *undecided*: those of the decisive temporal
-patches removed, for the subtle tasks (from `hue` on). Neither may be better than chance; a model that gives no
-answer of the task at all scores 0.
+patches removed, for the subtle tasks (from `hue` on). Neither may be better than chance; a model
+that gives no answer of the task at all scores 0.
 
 {plain}
 {sweeps}
