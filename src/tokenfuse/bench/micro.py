@@ -314,6 +314,7 @@ def _score(given: Sequence[str], plain: Sequence[str], expected: Sequence[str]) 
 
 
 def texts(processor: Any, ids: Tensor) -> list[str]:
+    """Answers ``(B, A)`` as text, without special tokens and the white space around."""
     return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
 

@@ -157,7 +157,7 @@ def _drift(
 def longest_drift(patches: int) -> float:
     """The greatest size of a drift, in pixels per patch, that stays in its quadrant."""
     room = SIZE / 2 - 2 * (1.25 * RADIUS + 1.5)
-    return min(SIZES["drift"][2], room * FRAMES_PER_PATCH / (FRAMES_PER_PATCH * (patches - 1) + 1))
+    return min(SIZES["drift"][2], room / (patches - 1))
 
 
 def _vanish(

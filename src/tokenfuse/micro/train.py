@@ -134,6 +134,10 @@ class Hint:
         self.heard[:] = args[:1]
 
     def loss(self, seen: Tensor, batch: dict[str, Tensor], survive: Tensor | None) -> Tensor:
+        """Mean cross-entropy of the read-out over visual tokens of subtle clips.
+
+        ``seen``: where visual tokens stand in the prompts, ``(B, L)`` bool.
+        """
         changed = batch["changed"]
         known = changed.flatten() if survive is None else changed[survive]
         told: Tensor = self.head(self.heard[0][seen])[:, 0]

@@ -106,6 +106,7 @@ class Records:
             os.fsync(file.fileno())
 
     def done(self, task: str, setting: str) -> bool:
+        """Whether there are answers to a task under a setting."""
         return (task, setting) in self.answers
 
     def right(self, task: str, setting: str) -> dict[str, Right]:
