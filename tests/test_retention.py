@@ -225,6 +225,24 @@ def test_costs_of_a_stratum_count_even_where_the_task_does_not(by_hand):
 # Runs
 
 
+def test_answers_under_other_motions_are_not_mixed(whole, tmp_path):
+    (tmp_path / "plain.jsonl").write_bytes((whole / "plain.jsonl").read_bytes())
+    plan = Plan.model_validate(SMALL | {"motions": ["still", "pan_fast", "cut"]})
+    with pytest.raises(
+        ConfigError, match="to color under still, pan_fast; this run has still, pan"
+    ):
+        run_small(tmp_path, plan)
+
+
+def test_a_task_that_makes_no_sense_is_named_and_a_plan_of_such_is_refused(tmp_path):
+    small = {"questions": 1, "motions": ["still"], "sweeps": []}
+    run_small(tmp_path, Plan.model_validate(small | {"tasks": ["color", "end"]}))
+    assert "Not asked, because they make no sense" in (tmp_path / "index.md").read_text()
+    assert "in 8 patches: end.\n" in (tmp_path / "index.md").read_text()
+    with pytest.raises(ConfigError, match="no task of end makes sense under still"):
+        run_small(tmp_path, Plan.model_validate(small | {"tasks": ["end"]}))
+
+
 def test_a_run_asks_everything_once(whole):
     records, plan = Records(whole / "plain.jsonl"), small_plan()
     chosen = settings(plan, registry())

@@ -18,7 +18,7 @@ from tokenfuse.bench.compare import generate
 from tokenfuse.bench.micro import LONGEST, encoding_once, texts
 from tokenfuse.bench.retention.plan import (
     BLIND,
-    CONTROLS,
+    CHECKS,
     UNCOMPRESSED,
     UNDECIDED,
     Plan,
@@ -26,6 +26,7 @@ from tokenfuse.bench.retention.plan import (
 )
 from tokenfuse.bench.retention.records import Answers, Clips, Described, Header, Records
 from tokenfuse.engine import compress_with, prompt_adapter
+from tokenfuse.errors import ConfigError
 from tokenfuse.inference import load
 from tokenfuse.micro.evaluate import clip_inputs
 from tokenfuse.micro.questions import SUBTLE, StratumTask
@@ -71,11 +72,21 @@ def ask(
 def lacking(
     plan: Plan, chosen: Sequence[Setting], records: Records, task: StratumTask
 ) -> Iterator[Setting | str]:
-    """The settings, uncompressed and controls first, that have no answers to a task yet."""
-    if not plan.strata(task):
+    """The settings, uncompressed and checks first, that have no answers to a task yet.
+
+    Raises ConfigError where there are answers under other motions.
+    """
+    motions = [stratum.motion for stratum in plan.strata(task)]
+    if not motions:
         return
+    if task in records.clips and [*records.clips[task].displacement] != motions:
+        raise ConfigError(
+            f"{records.path} holds answers to {task} under "
+            f"{', '.join(records.clips[task].displacement)}; this run has {', '.join(motions)}: "
+            "move the file to measure anew, or choose another --out"
+        )
     subtle = task in SUBTLE
-    for plain in (UNCOMPRESSED, *(c for c in CONTROLS if subtle or c != UNDECIDED)):
+    for plain in (UNCOMPRESSED, *(c for c in CHECKS if subtle or c != UNDECIDED)):
         if not records.done(task, plain):
             yield plain
     yield from (setting for setting in chosen if not records.done(task, setting.key))
@@ -138,10 +149,10 @@ def _answers(
 
 
 def _shown(
-    adapter: Adapter, inputs: Mapping[str, Any], clips: Sequence[StratumClip], control: str
+    adapter: Adapter, inputs: Mapping[str, Any], clips: Sequence[StratumClip], check: str
 ) -> Mapping[str, Any]:
-    """The inputs without the visual tokens that a control hides."""
-    if control == UNCOMPRESSED:
+    """The inputs without the visual tokens that a check hides."""
+    if check == UNCOMPRESSED:
         return inputs
     encoded = adapter.encode(inputs, {})
     plans = []
@@ -149,12 +160,12 @@ def _shown(
         frame = torch.arange(item.num_tokens, device=item.features.device)
         frame //= item.grid[1] * item.grid[2]
         hidden = torch.ones_like(frame, dtype=torch.bool)
-        if control != BLIND and clip.decisive is not None:
+        if check != BLIND and clip.decisive is not None:
             hidden = (frame >= clip.decisive[0]) & (frame < clip.decisive[1])
         plans.append(FusionPlan.from_survivors((~hidden).nonzero()[:, 0], item.num_tokens))
     fused = adapter.fuse(encoded[0], plans, lambda plan, x: plan.select(x))
     prompt, _ = adapter.realign(inputs, encoded, {"video": plans}, "keep", None)
-    if control == BLIND:
+    if check == BLIND:
         # Nothing is shown: a prompt of text.
         return prompt
     read = adapter.encoder_inputs(inputs, "video")

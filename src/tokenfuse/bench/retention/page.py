@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from tokenfuse.bench.paired import Interval
-from tokenfuse.bench.retention.plan import BLIND, CONTROLS, UNDECIDED, Plan, Setting
+from tokenfuse.bench.retention.plan import BLIND, CHECKS, UNDECIDED, Plan, Setting
 from tokenfuse.bench.retention.summary import (
     COUNTED,
     GROUPS,
@@ -34,7 +34,7 @@ McNemar's exact test against the uncompressed run. An answer counts if it is rig
 same vision tower. What `plain` alone loses is, for the most part, unfamiliar input. What all this
 means is in [Does compression cost answers?]({about}).
 
-{pictures}
+{pictures}{left_out}
 ## Without compression
 
 Right answers. *Blind*: every visual token removed; *undecided*: those of the decisive temporal
@@ -83,6 +83,7 @@ def page(
         counted=COUNTED,
         about="../../explanation/retention.md",
         pictures="\n".join(f"![{caption}]({file})\n" for caption, file in pictures),
+        left_out=_left_out(plan),
         plain=_uncompressed(models),
         sweeps="\n".join(sweeps),
         focus="\n".join(focus),
@@ -90,6 +91,17 @@ def page(
         device=header.device,
         dtype=header.dtype,
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
+    )
+
+
+def _left_out(plan: Plan) -> str:
+    """Which tasks were not asked, and why."""
+    names = [task for task in plan.tasks if not plan.strata(task)]
+    if not names:
+        return ""
+    return (
+        "\nNot asked, because they make no sense under these motions or in "
+        f"{plan.patches} patches: {', '.join(names)}.\n"
     )
 
 
@@ -103,7 +115,7 @@ def _uncompressed(models: Sequence[Summary]) -> str:
         for model in models:
             mark = "" if task in model.counted else " (not counted)"
             row.append(_share(model.accuracy(task)) + mark)
-            row += [_interval(model.control(c, task)) for c in CONTROLS]
+            row += [_interval(model.check(c, task)) for c in CHECKS]
         rows.append(row)
     return _table(columns, rows)
 

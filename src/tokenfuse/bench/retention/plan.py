@@ -25,7 +25,7 @@ from tokenfuse.strategies.base import Strategy
 UNCOMPRESSED = "uncompressed"
 BLIND = "blind"
 UNDECIDED = "undecided"
-CONTROLS = (BLIND, UNDECIDED)
+CHECKS = (BLIND, UNDECIDED)
 """Settings that no model may pass: no visual token; none of the decisive temporal patches."""
 
 

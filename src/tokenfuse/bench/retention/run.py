@@ -45,6 +45,11 @@ def retention(
     out.mkdir(parents=True, exist_ok=True)
     check(out / "any.png")
     chosen = settings(plan, registry())
+    if not any(map(plan.strata, plan.tasks)):
+        raise ConfigError(
+            f"no task of {', '.join(plan.tasks) or 'none'} makes sense under "
+            f"{', '.join(plan.motions) or 'no motion'} in {plan.patches} patches: name others"
+        )
     for name in ask_only:
         records = Records(out / f"{name}.jsonl")
         missing = sum(

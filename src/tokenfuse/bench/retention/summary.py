@@ -107,11 +107,11 @@ class Summary:
             removed=1 - left / shown,
         )
 
-    def control(self, control: str, task: str) -> Interval | None:
-        """Right answers to a task under a control, with Wilson's interval; None if not asked."""
-        if not self.records.done(task, control):
+    def check(self, check: str, task: str) -> Interval | None:
+        """Right answers to a task under a check, with Wilson's interval; None if not asked."""
+        if not self.records.done(task, check):
             return None
-        right = np.concatenate([*self.records.right(task, control).values()])
+        right = np.concatenate([*self.records.right(task, check).values()])
         return Interval(float(right.mean()), *interval(int(right.sum()), len(right)))
 
     def _asks(self, question: Question, where: Where | None) -> bool:
