@@ -105,6 +105,7 @@ def test_all_stands_for_every_strategy_that_takes_a_ratio():
         ({"sweeps": [{"name": "a", "strategy": "tft"}]}, "ttf"),
         ({"sweeps": [{"name": "a", "strategy": "ttf", "grid": {"window": [2]}}]}, "odd"),
         ({"focus": ["ratios"]}, "ratios is no sweep with one setting"),
+        ({"sweeps": [{"name": "a", "strategy": "ttf"}] * 2}, "a: two have this name"),
     ],
 )
 def test_a_faulty_plan_is_refused_by_the_key(tmp_path, change, message):

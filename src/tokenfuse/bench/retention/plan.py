@@ -108,6 +108,9 @@ def read_plan(path: Path) -> Plan:
 def settings(plan: Plan, among: Registry) -> list[Setting]:
     """Every point of every sweep, equal ones once. Raises ConfigError."""
     found: dict[str, Setting] = {}
+    names = [sweep.name for sweep in plan.sweeps]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"sweeps: {', '.join(sorted(twice))}: two have this name: rename one")
     for sweep in plan.sweeps:
         for point, strategy in _points(sweep, among):
             key = key_of(strategy)
