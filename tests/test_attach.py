@@ -28,6 +28,7 @@ from models import (
 )
 from tokenfuse import FusionPlan
 from tokenfuse.adapters.qwen3_vl import Qwen3VL
+from tokenfuse.caches import as_argument, cache_of
 from tokenfuse.errors import (
     AttachError,
     PlanError,
@@ -303,7 +304,7 @@ def test_a_text_conversation_goes_on_as_without_attach(model):
     def talk():
         out = model.generate(**inputs, **options)
         ids = torch.cat([out.sequences, inputs["input_ids"]], -1)
-        return model.generate(input_ids=ids, past_key_values=out.past_key_values, **options)
+        return model.generate(input_ids=ids, **as_argument(cache_of(out)), **options)
 
     plain = talk().sequences
     with attach(model):

@@ -31,6 +31,7 @@ from models import (
     two_videos,
     user,
 )
+from tokenfuse.caches import as_argument, cache_of
 from tokenfuse.callers import as_the_caller_means
 from tokenfuse.errors import PromptError
 
@@ -350,14 +351,12 @@ def test_later_turns_equal_one_pass_over_the_conversation(model, make, way, cach
     with attach(model):
         arguments, ids = inputs, inputs["input_ids"]
         for turn in (*TURNS, None):
-            out = model.generate(
-                **{**arguments, "input_ids": ids, "past_key_values": given}, **options
-            )
+            out = model.generate(**{**arguments, "input_ids": ids, **as_argument(given)}, **options)
             expected, logits = oracle.answer(5)
             assert torch.equal(out.sequences[:, : ids.shape[1]], ids)
             assert torch.equal(out.sequences[:, ids.shape[1] :], expected)
             torch.testing.assert_close(torch.stack(out.logits, 1), logits, atol=1e-4, rtol=0)
-            given = out.past_key_values
+            given = cache_of(out)
             if turn is not None:
                 new = tokens(turn, len(ids))
                 oracle.append(new)
@@ -379,7 +378,7 @@ def test_later_turns_may_be_padded_within_the_conversation(model):
         ids = torch.cat([out.sequences, new], -1)
         mask = torch.cat([inputs["attention_mask"], answered, later], -1)
         out = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values, **options
+            input_ids=ids, attention_mask=mask, **as_argument(cache_of(out)), **options
         )
     oracle.answer(5)
     # The answer was read when it was written; what its mask hides since, later tokens do not see.
@@ -397,8 +396,8 @@ def test_a_copied_cache_is_continued_too(model):
         out = model.generate(**inputs, **options)
         for turn in TURNS:
             ids = torch.cat([out.sequences, tokens(turn)], -1)
-            cache = copy.deepcopy(out.past_key_values)
-            later = model.generate(input_ids=ids, past_key_values=cache, **options)
+            cache = copy.deepcopy(cache_of(out))
+            later = model.generate(input_ids=ids, **as_argument(cache), **options)
             oracle = Oracle(model, inputs, compress(model, inputs).plans)
             oracle.append(ids[:, length(inputs) :])
             assert torch.equal(later.sequences[:, ids.shape[1] :], oracle.answer(5)[0])
@@ -410,7 +409,7 @@ def test_a_turn_continues_where_another_prompt_came_between(model):
         out = model.generate(**inputs, **options)
         model.generate(**two_videos(), **options)
         ids = torch.cat([out.sequences, tokens(TURNS[0])], -1)
-        later = model.generate(input_ids=ids, past_key_values=out.past_key_values, **options)
+        later = model.generate(input_ids=ids, **as_argument(cache_of(out)), **options)
     oracle = Oracle(model, inputs, compress(model, inputs).plans)
     oracle.append(ids[:, length(inputs) :])
     assert torch.equal(later.sequences[:, ids.shape[1] :], oracle.answer(5)[0])
@@ -422,7 +421,7 @@ def test_lengths_of_a_later_turn_count_the_whole_conversation(model):
         out = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
         ids = torch.cat([out.sequences, tokens(TURNS[0])], -1)
         later = model.generate(
-            input_ids=ids, past_key_values=out.past_key_values, max_length=ids.shape[1] + 3
+            input_ids=ids, **as_argument(cache_of(out)), max_length=ids.shape[1] + 3
         )
     assert later.shape[1] == ids.shape[1] + 3
 
@@ -430,9 +429,9 @@ def test_lengths_of_a_later_turn_count_the_whole_conversation(model):
 def test_an_emptied_cache_takes_a_new_prompt(model):
     cache = DynamicCache(config=model.config.text_config)
     with attach(model):
-        model.generate(**one_video(), past_key_values=cache, max_new_tokens=3)
+        model.generate(**one_video(), **as_argument(cache), max_new_tokens=3)
         cache.reset()
-        ids = model.generate(**two_videos(), past_key_values=cache, max_new_tokens=3)
+        ids = model.generate(**two_videos(), **as_argument(cache), max_new_tokens=3)
         assert torch.equal(ids, model.generate(**two_videos(), max_new_tokens=3))
 
 
@@ -455,7 +454,7 @@ def test_explicit_compression_leaves_the_delta_that_transformers_own_second_turn
     )
     try:
         later = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values, **options
+            input_ids=ids, attention_mask=mask, **as_argument(cache_of(out)), **options
         )
     finally:
         handle.remove()
@@ -468,12 +467,32 @@ def test_explicit_compression_leaves_the_delta_that_transformers_own_second_turn
 def test_a_prompt_filled_by_forward_is_continued_by_generate(model):
     inputs = one_video()
     with attach(model):
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, use_cache=True))
         ids = torch.cat([inputs["input_ids"], tokens(TURNS[0])], -1)
-        out = model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=5)
+        out = model.generate(input_ids=ids, **as_argument(cache), max_new_tokens=5)
     oracle = Oracle(model, inputs, compress(model, inputs).plans)
     oracle.append(tokens(TURNS[0]))
     assert torch.equal(out[:, ids.shape[1] :], oracle.answer(5)[0])
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize("call", ["generate", "forward"])
+def test_the_old_name_of_a_cache_is_understood(model, call):
+    """transformers renamed ``past_key_values`` to ``cache`` in 5.24, and takes both."""
+    new = tokens(TURNS[0])
+
+    def later(name, out):
+        given = {name: copy.deepcopy(cache_of(out))}
+        if call == "forward":
+            return model(input_ids=new, **given).logits
+        return model.generate(
+            input_ids=torch.cat([out.sequences, new], -1), max_new_tokens=4, **given
+        )
+
+    with attach(model):
+        out = first_turn(model)
+        (name,) = as_argument(None)
+        assert torch.equal(later("past_key_values", out), later(name, out))
 
 
 @pytest.mark.parametrize("side", ["left", "right", None])
@@ -485,11 +504,11 @@ def test_a_loop_of_forwards_equals_the_oracle(model, side, as_tuple):
     cache, mask = DynamicCache(config=model.config.text_config), inputs["attention_mask"]
     rows = len(mask)
     with attach(model), torch.no_grad():
-        model(**inputs, past_key_values=cache, **options)
+        model(**inputs, **as_argument(cache), **options)
         for new in tokens(TURNS[0], rows).split(2, dim=-1):
             mask = torch.cat([mask, mask.new_ones(new.shape)], -1)
             masked = {"attention_mask": mask} if side else {}
-            out = model(input_ids=new, past_key_values=cache, **masked, **options)
+            out = model(input_ids=new, **as_argument(cache), **masked, **options)
             oracle.append(new)
             got = (out[0] if as_tuple else out.logits)[:, -1]
             torch.testing.assert_close(got, oracle.logits()[:, -1], atol=1e-4, rtol=0)
@@ -510,11 +529,11 @@ def test_a_new_video_without_the_pixels_of_the_whole_conversation_is_refused(mod
         ids = torch.cat([out.sequences, other["input_ids"]], -1)
         rest = {k: other[k] for k in ("pixel_values_videos", "video_grid_thw")}
         with pytest.raises(PromptError, match="takes the processor's output for the whole"):
-            model.generate(input_ids=ids, past_key_values=out.past_key_values, **rest)
+            model.generate(input_ids=ids, **as_argument(cache_of(out)), **rest)
         with pytest.raises(
             PromptError, match="a later call of the model brings a new image or video"
         ):
-            model(input_ids=other["input_ids"], past_key_values=out.past_key_values, **rest)
+            model(input_ids=other["input_ids"], **as_argument(cache_of(out)), **rest)
 
 
 def test_a_video_after_a_text_only_turn_is_compressed(model):
@@ -531,7 +550,7 @@ def test_a_video_after_a_text_only_turn_is_compressed(model):
             ("mm_token_type_ids", gap),
         ):
             whole[name] = torch.cat([before, shown[name]], -1)
-        later = model.generate(**whole, past_key_values=out.past_key_values, max_new_tokens=5)
+        later = model.generate(**whole, **as_argument(cache_of(out)), max_new_tokens=5)
         assert session.report.tokens_after < session.report.tokens_before
     oracle = Oracle(model, whole, compress(model, whole).plans)
     assert torch.equal(later[:, length(whole) :], oracle.answer(5)[0])
@@ -542,17 +561,15 @@ def test_the_text_prompt_in_a_cache_keeps_its_positions_whatever_came_between(mo
     said = prompt([user("Hello, what is this?")])
     expected = model.generate(**said, max_new_tokens=4, return_dict_in_generate=True)
     ids = torch.cat([expected.sequences, tokens(TURNS[0])], -1)
-    expected = model.generate(
-        input_ids=ids, past_key_values=expected.past_key_values, max_new_tokens=5
-    )
+    expected = model.generate(input_ids=ids, **as_argument(cache_of(expected)), max_new_tokens=5)
     with attach(model) as session:
         first = session.encode(said)
         out = first_turn(model, said)
         for between in (one_video(), two_videos()):
             model.generate(**between, max_new_tokens=2)
-            cache = copy.deepcopy(out.past_key_values)
+            cache = copy.deepcopy(cache_of(out))
             assert torch.equal(
-                model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=5), expected
+                model.generate(input_ids=ids, **as_argument(cache), max_new_tokens=5), expected
             )
             rest = ids[:, length(said) :]
             assert torch.equal(session.ask(first, rest, max_new_tokens=5), expected)
@@ -564,20 +581,20 @@ def test_a_cache_of_text_is_used_as_without_a_session(model):
 
     def talk():
         out = model.generate(**said, max_new_tokens=6, return_dict_in_generate=True)
-        out.past_key_values.crop(-8)
+        cache_of(out).crop(-8)
         ids = torch.cat([out.sequences[:, :-4], tokens(TURNS[0])], -1)
         second = model.generate(
             input_ids=ids,
-            past_key_values=out.past_key_values,
+            **as_argument(cache_of(out)),
             max_new_tokens=4,
             return_dict_in_generate=True,
         )
-        second.past_key_values.crop(-3)
+        cache_of(second).crop(-3)
         ids = torch.cat([second.sequences[:, :-1], tokens(TURNS[1])], -1)
         positions = torch.arange(ids.shape[1]).expand(4, 1, -1)
         return model.generate(
             input_ids=ids,
-            past_key_values=second.past_key_values,
+            **as_argument(cache_of(second)),
             position_ids=positions,
             max_new_tokens=4,
         )
@@ -595,10 +612,10 @@ def test_padding_of_a_later_turn_without_a_mask_is_hidden(model):
         ids = torch.cat([out.sequences, tokens(TURNS[0], 2)], -1)
         ids[0, length(inputs) + 4 : length(inputs) + 6] = pad
         mask = torch.cat([inputs["attention_mask"], (ids[:, length(inputs) :] != pad).long()], -1)
-        caches = [copy.deepcopy(out.past_key_values) for _ in range(2)]
+        caches = [copy.deepcopy(cache_of(out)) for _ in range(2)]
         options = {"input_ids": ids, "max_new_tokens": 4}
-        told = model.generate(**options, past_key_values=caches[0], attention_mask=mask)
-        assert torch.equal(told, model.generate(**options, past_key_values=caches[1]))
+        told = model.generate(**options, **as_argument(caches[0]), attention_mask=mask)
+        assert torch.equal(told, model.generate(**options, **as_argument(caches[1])))
         prompts, question = session.encode(inputs), tokens(TURNS[1], 2)
         question[0, :2] = pad
         padded = session.ask(prompts, question, (question != pad).long(), max_new_tokens=4)
@@ -614,7 +631,7 @@ def test_positions_of_a_later_turn_that_shows_something_are_refused(model):
         whole["mm_token_type_ids"] = torch.zeros_like(whole["input_ids"])
         positions = torch.zeros(3, *whole["input_ids"].shape, dtype=torch.long)
         with pytest.raises(PromptError, match="brings position_ids"):
-            model.generate(**whole, position_ids=positions, past_key_values=out.past_key_values)
+            model.generate(**whole, position_ids=positions, **as_argument(cache_of(out)))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -645,7 +662,7 @@ def test_contiguous_positions_go_on_after_a_padded_prompt(model, side):
             grids, grid = inputs["video_grid_thw"], new["video_grid_thw"]
             whole["video_grid_thw"] = torch.cat([grids[:1], grid, grids[1:], grid])
             seen.clear()
-            model.generate(**whole, past_key_values=out.past_key_values, max_new_tokens=1)
+            model.generate(**whole, **as_argument(cache_of(out)), max_new_tokens=1)
     finally:
         handle.remove()
     begun = compress(model, inputs, strategy)["attention_mask"].sum(-1)
@@ -736,7 +753,7 @@ def test_a_new_video_after_several_answers_to_one_prompt_is_refused(model):
             first, rest = inputs[name], two_videos()[name]
             whole[name] = torch.cat([first, rest, first, rest])
         with pytest.raises(PromptError, match="one answer per prompt"):
-            model.generate(**whole, past_key_values=out.past_key_values)
+            model.generate(**whole, **as_argument(cache_of(out)))
 
 
 def test_a_cache_of_somebody_else_with_a_video_is_refused(model):
@@ -744,8 +761,8 @@ def test_a_cache_of_somebody_else_with_a_video_is_refused(model):
     out = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
     with attach(model):
         for call in (model.generate, model):
-            with pytest.raises(PromptError, match="already hold a prompt"):
-                call(**inputs, past_key_values=out.past_key_values)
+            with pytest.raises(PromptError, match="holds a prompt already"):
+                call(**inputs, **as_argument(cache_of(out)))
 
 
 @pytest.mark.parametrize(
@@ -764,23 +781,23 @@ def test_ids_that_do_not_begin_with_the_cached_tokens_are_refused(model, change)
         out = first_turn(model)
         ids = change(out.sequences)
         with pytest.raises(PromptError, match="do not begin with the"):
-            model.generate(input_ids=ids, past_key_values=out.past_key_values, max_new_tokens=2)
+            model.generate(input_ids=ids, **as_argument(cache_of(out)), max_new_tokens=2)
 
 
 def test_a_cropped_cache_is_refused_where_it_cuts_the_prompt(model):
     with attach(model):
         out = first_turn(model)
         ids = torch.cat([out.sequences, tokens(TURNS[0])], -1)
-        cropped = copy.deepcopy(out.past_key_values)
+        cropped = copy.deepcopy(cache_of(out))
         cropped.crop(-2)
-        later = model.generate(input_ids=ids, past_key_values=cropped, max_new_tokens=4)
+        later = model.generate(input_ids=ids, **as_argument(cropped), max_new_tokens=4)
         whole = model.generate(
-            input_ids=ids, past_key_values=copy.deepcopy(out.past_key_values), max_new_tokens=4
+            input_ids=ids, **as_argument(copy.deepcopy(cache_of(out))), max_new_tokens=4
         )
         assert torch.equal(later, whole)
-        out.past_key_values.crop(-20)
+        cache_of(out).crop(-20)
         with pytest.raises(PromptError, match="do not begin with the"):
-            model.generate(input_ids=ids, past_key_values=out.past_key_values)
+            model.generate(input_ids=ids, **as_argument(cache_of(out)))
 
 
 def test_a_mask_of_another_width_is_refused(model):
@@ -790,7 +807,7 @@ def test_a_mask_of_another_width_is_refused(model):
         with pytest.raises(PromptError, match="attention_mask has shape"):
             model.generate(
                 input_ids=ids,
-                past_key_values=out.past_key_values,
+                **as_argument(cache_of(out)),
                 attention_mask=torch.ones_like(ids)[:, 1:],
             )
 
@@ -801,9 +818,7 @@ def test_what_counts_by_the_uncompressed_prompt_is_refused_later(model, name):
         out = first_turn(model)
         ids = torch.cat([out.sequences, tokens(TURNS[0])], -1)
         with pytest.raises(PromptError, match=f"brings {name}"):
-            model.generate(
-                input_ids=ids, past_key_values=out.past_key_values, **{name: torch.ones(1, 2)}
-            )
+            model.generate(input_ids=ids, **as_argument(cache_of(out)), **{name: torch.ones(1, 2)})
 
 
 def test_new_ids_that_do_not_fit_the_cache_are_refused_by_forward(model):
@@ -811,9 +826,9 @@ def test_new_ids_that_do_not_fit_the_cache_are_refused_by_forward(model):
         out = first_turn(model)
         for ids in (None, torch.ones(2, 1, dtype=torch.long)):
             with pytest.raises(PromptError, match="do not go on from the"):
-                model(input_ids=ids, past_key_values=out.past_key_values)
+                model(input_ids=ids, **as_argument(cache_of(out)))
         with pytest.raises(PromptError, match="do not begin with the"):
-            model.generate(past_key_values=out.past_key_values)
+            model.generate(**as_argument(cache_of(out)))
 
 
 def test_the_wrapped_methods_keep_their_signatures(model):

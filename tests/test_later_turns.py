@@ -7,6 +7,7 @@ import torch
 
 import tokenfuse
 from families import FAMILIES
+from tokenfuse.caches import as_argument, cache_of
 from tokenfuse.testing import AdapterConformance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,7 +18,7 @@ def answer(model, inputs, cache=None, **options):
     never = AdapterConformance.never(model)
     return model.generate(
         **inputs,
-        past_key_values=cache,
+        **as_argument(cache),
         suppress_tokens=never,
         max_new_tokens=4,
         return_dict_in_generate=True,
@@ -38,9 +39,9 @@ def test_the_first_prompts_token_types_may_stay_among_the_inputs(name, without):
         first = answer(model, inputs)
         ids = torch.cat([first.sequences, question], -1)
         rest = {k: v for k, v in inputs.items() if k not in ("attention_mask", *without)}
-        kept = answer(model, rest | {"input_ids": ids}, first.past_key_values)
+        kept = answer(model, rest | {"input_ids": ids}, cache_of(first))
         first = answer(model, inputs)
-        bare = answer(model, {"input_ids": ids}, first.past_key_values)
+        bare = answer(model, {"input_ids": ids}, cache_of(first))
     assert torch.equal(kept.sequences, bare.sequences)
 
 
@@ -58,7 +59,7 @@ def test_a_turn_after_a_visual_token_goes_on_as_transformers_does(name):
     def two_turns():
         first = answer(model, inputs)
         ids = torch.cat([first.sequences, question], -1)
-        return answer(model, {"input_ids": ids}, first.past_key_values)
+        return answer(model, {"input_ids": ids}, cache_of(first))
 
     plain = two_turns()
     with tokenfuse.attach(model, ALL):

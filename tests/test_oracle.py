@@ -17,6 +17,7 @@ from models import (
     two_videos,
     video_then_image,
 )
+from tokenfuse.caches import cache_of
 from tokenfuse.report import kv_cache_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -231,7 +232,7 @@ def test_report_counts_what_the_plans_and_the_cache_hold():
 
     def cached(arguments):
         with torch.no_grad():
-            cache = model(**arguments, use_cache=True).past_key_values
+            cache = cache_of(model(**arguments, use_cache=True))
         return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
 
     assert cached(inputs) == report.kv_cache_bytes_before

@@ -18,6 +18,7 @@ from tokenfuse.adapters.base import (
     ImageBlocks,
     Plans,
 )
+from tokenfuse.caches import cache_of, filled_length
 from tokenfuse.config import StrategyLike, load_strategy
 from tokenfuse.errors import ConfigError, PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
@@ -171,10 +172,10 @@ def check_prompt(adapter: Adapter, inputs: Mapping[str, Any]) -> None:
             "inputs hold mm_encoder_outputs, features that are encoded or compressed already; "
             "expected pixels: pass the processor's output, or leave the attach block"
         )
-    if filled_length(inputs.get("past_key_values")):
+    if filled_length(cache_of(inputs)):
         if adapter.has_visuals(inputs):
             raise PromptError(
-                "past_key_values already hold a prompt, and the inputs bring images or videos; "
+                "the cache holds a prompt already, and the inputs bring images or videos; "
                 "expected an empty cache, or under attach one that its generate filled: start with "
                 "a new cache and the whole conversation"
             )
@@ -230,11 +231,6 @@ def _check_positions(positions: Tensor | None, mask: Tensor | None, ids: Tensor)
             "position_ids start anew within a row, as of several prompts packed into one; expected "
             "one prompt per row: pad instead of packing"
         )
-
-
-def filled_length(cache: Any) -> int:
-    """How many positions a cache holds; 0 for none."""
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
 def plan_items(

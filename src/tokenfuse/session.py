@@ -15,13 +15,13 @@ from torch import Tensor
 
 from tokenfuse.adapters.base import ImageBlocks
 from tokenfuse.adapters.vision import VisionAdapter
+from tokenfuse.caches import as_argument, cache_of, filled_length
 from tokenfuse.callers import as_the_caller_means
 from tokenfuse.config import StrategyLike, load_strategy
 from tokenfuse.engine import (
     CompressedInputs,
     check_image_blocks,
     compress_with,
-    filled_length,
     prompt_adapter,
     refuse_unmet_needs,
 )
@@ -169,7 +169,7 @@ class Session:
         )
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        return Prompt(ids, mask, output.past_key_values, self.model)
+        return Prompt(ids, mask, cache_of(output), self.model)
 
     def ask(
         self,
@@ -220,7 +220,7 @@ class Session:
             for old, new in zip(before, (input_ids, attention_mask), strict=True)
         )
         return self.model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, **{**ONE_BY_ONE, **options}
+            input_ids=ids, attention_mask=mask, **as_argument(cache), **{**ONE_BY_ONE, **options}
         )
 
     def _require_attached(self, what: str) -> None:
@@ -231,7 +231,7 @@ class Session:
             )
 
     def _forward(self, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        turn = _turn_of(inputs.get("past_key_values"))
+        turn = _turn_of(cache_of(inputs))
         if turn is not None:
             inputs, turn = self._step(inputs, turn)
         elif self._bring_a_prompt(inputs):
@@ -259,13 +259,13 @@ class Session:
     def _short_generate(self, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         if inputs.get("input_ids") is None and inputs.get("inputs") is not None:
             inputs["input_ids"] = inputs.pop("inputs")
-        cache = inputs.get("past_key_values")
+        cache = cache_of(inputs)
         turn = _turn_of(cache)
         held = filled_length(cache) + (turn.removed if turn else 0)
         prompt = inputs.get("input_ids")
         if turn is not None and (prompt is None or not turn.begins(prompt, held)):
             raise PromptError(
-                f"input_ids do not begin with the {held} tokens that past_key_values stand for; "
+                f"input_ids do not begin with the {held} tokens that the cache stands for; "
                 "expected the earlier ids, the answer, then the new turn, padded alike"
             )
         short: dict[str, Any]
@@ -297,7 +297,8 @@ class Session:
         times = len(sequences) // len(prompt)
         answer = sequences[:, short["input_ids"].shape[1] :]
         whole = torch.cat([prompt.repeat_interleave(times, 0).to(answer.device), answer], -1)
-        cache = cache if isinstance(output, Tensor) else output.get("past_key_values", cache)
+        filled = None if isinstance(output, Tensor) else cache_of(output)
+        cache = cache if filled is None else filled
         # A cache that holds text only, as before, is anybody's.
         if cache is not None and (turn.plans or _turn_of(cache) is not None):
             _remember(cache, replace(turn.repeat(times), seen=whole))
@@ -311,7 +312,7 @@ class Session:
         if self.adapter.has_visuals(inputs):
             return True
         brought = (inputs.get("input_ids") is not None) or bool(inputs.get("mm_encoder_outputs"))
-        return brought and not filled_length(inputs.get("past_key_values"))
+        return brought and not filled_length(cache_of(inputs))
 
     def _shows_more(self, inputs: Mapping[str, Any], new: Tensor) -> bool:
         """Whether images or videos come after the tokens that a cache stands for."""
@@ -347,11 +348,11 @@ class Session:
 
     def _step(self, inputs: Mapping[str, Any], turn: Turn) -> tuple[dict[str, Any], Turn]:
         """Arguments of ``forward`` for new tokens after a compressed prompt in the cache."""
-        ids, past = inputs.get("input_ids"), filled_length(inputs["past_key_values"])
+        ids, past = inputs.get("input_ids"), filled_length(cache_of(inputs))
         held = turn.removed + past
         if ids is None or len(ids) != len(turn.seen) or not turn.holds(held):
             raise PromptError(
-                f"the new input_ids do not go on from the {held} tokens that past_key_values stand "
+                f"the new input_ids do not go on from the {held} tokens that the cache stands "
                 "for; expected the ids that follow, one row per row of the cache"
             )
         total = held + ids.shape[1]

@@ -19,6 +19,7 @@ from tokenfuse.adapters.base import (
     ImageBlocks,
     refuse_lost_end,
 )
+from tokenfuse.caches import NAMES
 from tokenfuse.engine import (
     CompressedInputs,
     check_prompt,
@@ -79,7 +80,7 @@ class Turn:
         begun = {"input_ids": ids, "attention_mask": mask}
         if ids.shape[1] < held or brings_items(adapter, ids):
             raise PromptError(
-                "past_key_values already hold a prompt, and the inputs bring images or videos; "
+                "the cache holds a prompt already, and the inputs bring images or videos; "
                 "expected an empty cache, one that a generate of this session filled, or one of "
                 "text only: start with a new cache and the whole conversation"
             )
@@ -153,7 +154,7 @@ def show_more(
 
     Raises PromptError where the inputs are not those of the whole conversation.
     """
-    whole = {name: value for name, value in inputs.items() if name != "past_key_values"}
+    whole = {name: value for name, value in inputs.items() if name not in NAMES}
     check_prompt(adapter, whole)
     _refuse_old_masks(whole)
     refuse_positions(whole)

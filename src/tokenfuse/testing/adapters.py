@@ -13,6 +13,7 @@ from torch import Tensor
 import tokenfuse
 from tokenfuse.adapters.base import MODALITIES, PER_TOKEN, PIXELS, Adapter, ImageBlocks
 from tokenfuse.adapters.layout import Span, flat
+from tokenfuse.caches import as_argument, cache_of
 from tokenfuse.engine import CompressedInputs, prompt_adapter
 from tokenfuse.errors import AttachError, PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
@@ -468,7 +469,7 @@ class AdapterConformance:
         """The cache after an answer inside the block, and the ids of the next turn."""
         out = self.generate(model, inputs)
         new = self.question(len(inputs["input_ids"]))
-        return out.past_key_values, torch.cat([out.sequences, new], -1)
+        return cache_of(out), torch.cat([out.sequences, new], -1)
 
     def question(self, rows: int, seed: int = 20) -> Tensor:
         """The ids of some text, without what begins a prompt."""
@@ -486,7 +487,7 @@ class AdapterConformance:
         expected, logits = oracle.answer(STEPS)
         with self.attach(model):
             cache, ids = self.first_turn(model, inputs)
-            later = {"input_ids": ids, "past_key_values": cache} | _mask(inputs, ids)
+            later = {"input_ids": ids, **as_argument(cache)} | _mask(inputs, ids)
             out = self.generate(model, later)
         assert torch.equal(out.sequences[:, ids.shape[1] :], expected)
         self.close(torch.stack(out.logits, 1), logits)
@@ -502,7 +503,7 @@ class AdapterConformance:
         short = self.compress(model, inputs)
         out = self.generate(model, short)
         ids = torch.cat([out.sequences, self.question(1)], -1)
-        later = {"input_ids": ids, "past_key_values": out.past_key_values}
+        later = {"input_ids": ids, **as_argument(cache_of(out))}
         if not hasattr(model.base_model, "rope_deltas"):
             # A 1-D count cannot know that tokens are missing; the caller must say it.
             length = short["input_ids"].shape[1]
@@ -551,7 +552,7 @@ class AdapterConformance:
                 else:
                     since.append(out.sequences.shape[1] - 1)
                     whole = self.conversation(shown, turn, whole, out.sequences)
-                    later = whole | {"past_key_values": out.past_key_values}
+                    later = whole | as_argument(cache_of(out))
                     if len(rows) > 1 and not _masked(model):
                         # Other layers than attention would read padding between turns of a batch.
                         with pytest.raises(PromptError, match="padding between"):
@@ -699,7 +700,7 @@ class AdapterConformance:
             other = ids.clone()
             other[:, -self.question(1).shape[1] - 2] += 1
             with pytest.raises(PromptError, match="do not begin with the"):
-                self.generate(model, {"input_ids": other[:, 1:], "past_key_values": cache})
+                self.generate(model, {"input_ids": other[:, 1:], **as_argument(cache)})
 
     def first_place(self, model: Any, inputs: Mapping[str, Any]) -> int:
         """The first column with a placeholder."""
