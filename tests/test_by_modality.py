@@ -108,13 +108,16 @@ def test_parts_may_be_of_another_registry():
         ({"video": ["ttf"]}, r"^video: \['ttf'\] is of type list; expected a strategy's name"),
         ({"video": "no.yaml"}, r"^video: configuration no\.yaml is not a file"),
         ({"video": {"compose": ["ttf", {"strategy": 3}]}}, "^video: compose: step 2: strategy: 3"),
-        ({"video": "ttf", "keep_ratio": 0.5}, "unknown key keep_ratio of by_modality: valid: im"),
+        (
+            {"video": "ttf", "keep_ratio": 0.5},
+            "unknown key keep_ratio of by_modality: valid: attention, im",
+        ),
         ({"video": "ttf", "img": "uniform"}, "unknown key img of by_modality"),
         ({"video": None}, "no strategy for videos nor for images; expected one or both"),
         ({"strategy": "by_modality"}, "no strategy for videos nor for images; expected one"),
         (
             {"image": {"strategy": "uniform", "positions": "contiguous"}},
-            "uniform sets positions; set them at the top",
+            "uniform sets positions; set it at the top",
         ),
         ({"image": {"video": "ttf"}}, "by_modality chooses by modality, which only the top"),
         ({"image": {"compose": [{"video": "ttf"}]}}, "by_modality chooses by modality, which only"),

@@ -108,7 +108,7 @@ def test_a_file_names_the_chain_by_its_key(tmp_path):
         ([], "at least 1 item"),
         ("ttf", "a list of strategies"),
         ([3], "is of type int"),
-        ([{"strategy": "ttf", "positions": "contiguous"}], "set them at the top"),
+        ([{"strategy": "ttf", "positions": "contiguous"}], "set it at the top"),
         ([{"image": "attention"}], "by_modality chooses by modality, which only the top"),
         (
             ["attention", {"strategy": "attention", "block": 0}],

@@ -132,7 +132,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(write):
 def test_an_unknown_key_is_refused_with_file_line_and_nearest_name(refusal):
     message = refusal("strategy: ttf\n# a comment\nthresold: 0.5\n")
     assert re.search(r'mine\.yaml, line 3: unknown key thresold of ttf: did you mean "thr', message)
-    assert "valid: anchor, guard, keep_ratio, min_tokens_per_frame" in message
+    assert "valid: anchor, attention, guard, keep_ratio, min_tokens_per_frame" in message
 
 
 def test_every_wrong_key_is_named_with_its_own_line(refusal):
@@ -312,7 +312,8 @@ def test_the_presets_are_the_files_of_configs():
 
 def test_the_presets_mean_what_their_names_say():
     assert load_strategy(CONFIGS / "ttf.yaml") == TTF()
-    assert load_strategy("ttf-published") == TTF(threshold=0.7, window=3, segments="single")
+    published = TTF(threshold=0.7, window=3, anchor="auto", segments="single", guard="none")
+    assert load_strategy("ttf-published") == published
     assert load_strategy("ttf-third") == TTF(keep_ratio=0.33)
     assert load_strategy("ttf-gentle") == TTF(threshold=0.9)
 

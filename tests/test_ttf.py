@@ -353,7 +353,7 @@ def test_a_pan_leaves_only_the_border_that_it_reveals(reference, h, w, down, rig
     x = torch.stack([world[a : a + h, b : b + w] for a, b in zip(tops, lefts, strict=True)])
     tokens = VisualTokens.from_grid(x, (t, h, w))
     config = TTF(
-        threshold=0.9999, window=window, reference=reference, anchor="first", segments="single"
+        threshold=0.9999, window=window, reference=reference, segments="single", guard="none"
     )
     plan = config.plan(tokens)
 
@@ -374,7 +374,7 @@ def test_the_guard_lets_a_camera_pan():
     world = torch.randn(8, 12, 16, generator=random)
     x = torch.stack([world[:, f : f + 8] for f in range(4)])
     tokens = VisualTokens.from_grid(x, (4, 8, 8))
-    free = TTF(threshold=0.9999, reference="previous", segments="single")
+    free = TTF(threshold=0.9999, reference="previous", segments="single", guard="none")
     plan = free.model_copy(update={"guard": "motion"}).plan(tokens)
     assert same(plan, free.plan(tokens)), "everything moved alike"
     assert plan.num_kept == 64 + 3 * 8
@@ -387,7 +387,7 @@ def test_the_guard_keeps_what_moves_by_itself_and_what_it_leaves(reference):
     for f in range(4):
         x[f, 3, 1 + f] = object_
     tokens = VisualTokens.from_grid(x, (4, 7, 7))
-    config = TTF(reference=reference, anchor="first", segments="single")
+    config = TTF(reference=reference, segments="single", guard="none")
     assert config.plan(tokens).num_kept < 49 + 6, "the object is taken for its old self"
     kept = config.model_copy(update={"guard": "motion"}).plan(tokens).survivors
     places = {tuple(c) for c in tokens.coords[kept].tolist() if c[0]}
@@ -437,7 +437,7 @@ def test_frames_of_zeros_alone_are_never_chosen_as_the_anchor(keep_ratio):
     x = scenes("AAAA", 0).frames.clone()
     x[0] = x[2] = 0
     tokens = VisualTokens.from_grid(x, (4, *x.shape[1:3]))
-    plan = TTF(keep_ratio=keep_ratio, segments="single").plan(tokens)
+    plan = TTF(anchor="auto", keep_ratio=keep_ratio, segments="single").plan(tokens)
     plan.check(tokens.num_tokens)
     assert plan.sizes.sum() == tokens.num_tokens
     assert plan.frame_counts(tokens.grid)[1] > 0

@@ -22,6 +22,7 @@ from tokenfuse.caches import cache_of, filled_length
 from tokenfuse.config import StrategyLike, load_strategy
 from tokenfuse.errors import ConfigError, PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
+from tokenfuse.proportional import refuse_fused_kernels
 from tokenfuse.realign import PaddingSide
 from tokenfuse.registry import Registry, registry
 from tokenfuse.report import ItemReport, Report, kv_cache_bytes, prefill_flops, versions
@@ -43,6 +44,8 @@ class CompressedInputs(dict[str, Any]):
     report: Report
     plans: dict[Modality, list[FusionPlan]]
     columns: Tensor
+    sizes: Tensor | None = None
+    """Tokens that each stands for, ``(B, L')``, where attention is to be proportional to them."""
 
 
 def compress(
@@ -72,6 +75,11 @@ def compress(
     check_image_blocks(image_blocks)
     found = among or registry()
     adapter, chosen = prompt_adapter(model, found), load_strategy(strategy, among=found)
+    if chosen.attention == "proportional":
+        raise ConfigError(
+            "attention: proportional acts while the model reads and answers, which compress does "
+            "not see; expected attention: plain, or use attach"
+        )
     return compress_with(adapter, inputs, chosen, found, padding_side, image_blocks)
 
 
@@ -120,6 +128,7 @@ def compress_with(
     rest = {name: value for name, value in inputs.items() if name not in read}
     short = CompressedInputs({**rest, **prompt, "mm_encoder_outputs": fused})
     short.plans, short.columns = plans, new.columns
+    short.sizes = sizes_of(adapter, inputs, encoded, plans, strategy, new.columns)
     after = new.valid.sum(-1)
     before = after + new.removed
     short.report = report_on(
@@ -142,6 +151,8 @@ def wants_of(strategy: Strategy) -> dict[Modality, Wants]:
 
 def refuse_unmet_needs(adapter: Adapter, strategy: Strategy) -> None:
     """Raise UnsupportedModelError unless the strategy can run before this model's LLM."""
+    if strategy.attention == "proportional":
+        refuse_fused_kernels(adapter.model)
     for part in (strategy, *_parts(strategy).values()):
         if part.stage != "pre_llm":
             raise UnsupportedModelError(
@@ -266,6 +277,20 @@ def fuse_all(
             fuse = FusionPlan.fuse if by is None else by.fuse
             fused[part.modality] = adapter.fuse(part, plans[part.modality], fuse, chosen)
     return fused
+
+
+def sizes_of(
+    adapter: Adapter,
+    inputs: Mapping[str, Any],
+    encoded: Sequence[Encoded],
+    plans: Plans,
+    strategy: Strategy,
+    columns: Tensor,
+) -> Tensor | None:
+    """How many tokens those of the shorter prompt stand for, ``(B, L')``, if that counts."""
+    if strategy.attention == "plain":
+        return None
+    return adapter.sizes(inputs, encoded, plans).gather(-1, columns)
 
 
 def _unchanged(

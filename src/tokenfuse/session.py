@@ -26,6 +26,7 @@ from tokenfuse.engine import (
     refuse_unmet_needs,
 )
 from tokenfuse.errors import AttachError, PromptError
+from tokenfuse.proportional import proportional_attention
 from tokenfuse.registry import Registry, registry
 from tokenfuse.report import Report
 from tokenfuse.strategies.base import Strategy
@@ -239,7 +240,8 @@ class Session:
             if short.plans:
                 turn = Turn.of(inputs["input_ids"], short)
             inputs = short
-        output = original(**inputs)
+        with proportional_attention(self.model, None if turn is None else turn.sizes):
+            output = original(**inputs)
         values = output if isinstance(output, tuple) else output.values()
         for cache in (value for value in values if filled_length(value)):
             _remember(cache, turn)
@@ -292,7 +294,8 @@ class Session:
         arguments = as_the_caller_means(
             short, prompt, short["input_ids"], self.model.generation_config
         )
-        output = original(**arguments)
+        with proportional_attention(self.model, turn.sizes):
+            output = original(**arguments)
         sequences = output if isinstance(output, Tensor) else output.sequences
         times = len(sequences) // len(prompt)
         answer = sequences[:, short["input_ids"].shape[1] :]

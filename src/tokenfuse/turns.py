@@ -26,6 +26,7 @@ from tokenfuse.engine import (
     fuse_all,
     plan_items,
     report_on,
+    sizes_of,
     wants_of,
 )
 from tokenfuse.errors import PromptError, UnsupportedModelError
@@ -44,7 +45,8 @@ class Turn:
 
     ``seen``: the caller's prompt and all that followed it into the cache. ``columns (B, L')``: the
     caller's column of each token of the short prompt. ``plans``: of all its items. ``since``: the
-    columns at which later turns that showed something began.
+    columns at which later turns that showed something began. ``sizes (B, L')``: how many tokens
+    each stands for, where attention is proportional.
     """
 
     length: int
@@ -55,6 +57,7 @@ class Turn:
     columns: Tensor
     plans: Mapping[Modality, list[FusionPlan]]
     since: tuple[int, ...] = ()
+    sizes: Tensor | None = None
 
     @classmethod
     def of(cls, prompt: Tensor, short: CompressedInputs, since: tuple[int, ...] = ()) -> Turn:
@@ -68,6 +71,7 @@ class Turn:
             columns=short.columns,
             plans=short.plans,
             since=since,
+            sizes=short.sizes,
         )
 
     @classmethod
@@ -112,7 +116,8 @@ class Turn:
         }
         # Plans are counted prompt by prompt, which no longer are the caller's.
         positions = self.positions.repeat_interleave(times, -2)
-        return replace(self, **rows, positions=positions, plans={})
+        sizes = None if self.sizes is None else self.sizes.repeat_interleave(times, 0)
+        return replace(self, **rows, positions=positions, plans={}, sizes=sizes)
 
     def extend(self, new: Tensor, given: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
         """Mask and positions when the ``new`` tokens end the caller's ``total`` tokens.
@@ -211,6 +216,7 @@ def show_more(
     rest = {name: value for name, value in inputs.items() if name not in read}
     short = CompressedInputs({**rest, **prompt, "mm_encoder_outputs": fused})
     short.plans, short.columns = plans, columns
+    short.sizes = sizes_of(adapter, whole, encoded, plans, strategy, columns)
     lengths = mask.sum(-1).tolist(), valid.sum(-1).tolist()
     short.report = report_on(adapter, strategy, encoded, plans, *lengths, watch.read())
     found.observe("tokenfuse_compressed", report=short.report)

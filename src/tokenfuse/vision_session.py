@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenfuse.adapters.vision import VisionAdapter
-from tokenfuse.errors import AttachError, UnsupportedModelError
+from tokenfuse.errors import AttachError, ConfigError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
 from tokenfuse.registry import Registry
 from tokenfuse.session import MARK, Session, refuse_attached
@@ -42,6 +42,11 @@ class VisionSession(Session):
                 f"strategy {strategy.name} shortens the prompt of a vision-language model, and "
                 f"{type(adapter.model).__name__} has none; expected one that acts inside a vision "
                 f"transformer: {', '.join(sorted(fit))}"
+            )
+        for option in strategy.about_prompts():
+            raise ConfigError(
+                f"{option} is about the prompt of a vision-language model, and "
+                f"{type(adapter.model).__name__} has none: leave it out"
             )
         adapter.refuse()
         self.model = adapter.model

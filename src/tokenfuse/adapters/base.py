@@ -76,6 +76,17 @@ class Encoded:
             masks.append(mask)
         return torch.cat(masks)
 
+    def sizes(self, plans: Sequence[FusionPlan]) -> Tensor:
+        """How many features each of the tower's stands for, ``(n,)``: 0 where it does not stay."""
+        found = []
+        for span, plan in zip(self.spans, plans, strict=True):
+            size = plan.target.new_zeros(plan.num_source).index_copy(0, plan.survivors, plan.sizes)
+            if not span.plain:
+                whole = size.new_ones(span.size)
+                size = whole.index_copy(0, span.tokens(size.device), size)
+            found.append(size)
+        return torch.cat(found)
+
 
 class _Tower(NamedTuple):
     """What the vision tower made of one modality: ``features (n, D)``, and attention, if heard."""
@@ -400,6 +411,14 @@ class Adapter(ModelAdapter):
                 raise mismatch(modality, found, len(mask))
             keep = keep.masked_scatter(here, mask)
         return keep
+
+    def sizes(self, inputs: Mapping[str, Any], encoded: Sequence[Encoded], plans: Plans) -> Tensor:
+        """How many tokens of the prompt each survivor stands for, ``(B, L)``: 1 for text."""
+        sizes = torch.ones_like(inputs["input_ids"])
+        for part in encoded:
+            here = self.placeholders(inputs, part.modality)
+            sizes = sizes.masked_scatter(here, part.sizes(plans[part.modality]).to(sizes))
+        return sizes
 
     def positions(self, inputs: Mapping[str, Any]) -> Tensor:
         """Rope positions of the uncompressed prompt, the caller's or by the model's own method."""

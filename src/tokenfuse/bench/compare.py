@@ -19,6 +19,7 @@ from tokenfuse.engine import prompt_adapter
 from tokenfuse.errors import TokenFuseError
 from tokenfuse.inference import Say, check_repeats, first_token_ms, image_blocks, load, video_inputs
 from tokenfuse.micro import CHECKPOINT
+from tokenfuse.proportional import proportional_attention
 from tokenfuse.registry import registry
 from tokenfuse.report import Report, versions
 from tokenfuse.session import Session, attach
@@ -127,13 +128,14 @@ def compare(
 
 def generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> tuple[Tensor, Tensor]:
     """The greedy answers' ids ``(B, A)``, and the first token's fp32 logits ``(B, V)``."""
-    output = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    with proportional_attention(model, getattr(inputs, "sizes", None)):
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
     return output.sequences[:, inputs["input_ids"].shape[1] :], output.logits[0].float()
 
 

@@ -39,9 +39,9 @@ def load_part(part: Any, info: ValidationInfo, *place: int) -> Any:
 
 def check_part(part: Strategy) -> None:
     """Raise ValueError unless a strategy can be part of another."""
-    if part.positions != "keep":
+    for option in part.about_prompts():
         raise ValueError(
-            f"{part.name} sets positions; set them at the top of the configuration instead"
+            f"{part.name} sets {option}; set it at the top of the configuration instead"
         )
     if part.stage != "pre_llm":
         raise ValueError(

@@ -26,7 +26,10 @@ class TTF(Budgeted):
 
     Source: Temporal Token Fusion, arXiv 2605.07355. Its abstract fixes the automatic anchor, the
     local window, the cosine threshold, fusion before the LLM and the kept coordinates. The medoid
-    anchor, re-anchoring after scene changes, tie-breaking and the keep-ratio mode are ours.
+    for the automatic anchor, re-anchoring after scene changes, tie-breaking, the guard and the
+    keep-ratio mode are ours. So are the defaults of ``anchor`` and ``guard``: a language model
+    reads from the first frame to the last, and an anchor that comes later leaves it nothing to
+    compare with. The preset ``ttf-published`` has the published ones.
 
     Each token of a non-anchor frame is compared with the ``window × window`` neighbourhood of its
     place in the anchor frame. Where the greatest cosine exceeds ``threshold``, the token leaves and
@@ -34,15 +37,15 @@ class TTF(Budgeted):
     An item of one frame, such as an image, stays as it is, whatever the options say.
 
     ``segments="auto"``: a frame of which less than ``reanchor`` matched is lost. Each run of
-    consecutive lost frames gets an anchor of its own, its medoid, or its first frame with
-    ``anchor="first"``. Then all is matched again, up to REANCHOR_ROUNDS times. ``"single"`` is the
+    consecutive lost frames gets an anchor of its own, its first frame, or its medoid with
+    ``anchor="auto"``. Then all is matched again, up to REANCHOR_ROUNDS times. ``"single"`` is the
     published form.
 
     ``reference="previous"`` compares each frame with the one before instead, and a fused token
     belongs to whatever its match belongs to. The first frame is the anchor, and with
     ``segments="auto"`` each lost frame is another.
 
-    ``guard="motion"`` (ours) accepts a match at another place only where most of the 3 × 3 places
+    ``guard="motion"`` accepts a match at another place only where most of the 3 × 3 places
     around it found theirs by the same shift, as they do under a camera that moves. Elsewhere the
     token is compared with its own place: what has left a place, or come to one, is not explained by
     a look-alike beside it.
@@ -66,7 +69,7 @@ class TTF(Budgeted):
     threshold: float = Field(0.7, ge=-1, description="cosine above which a token is fused")
     window: int = Field(3, ge=1, description="side of the search window in tokens, odd")
     anchor: Literal["auto", "first"] | Annotated[int, Field(ge=0, strict=True)] = Field(
-        "auto", description="anchor frame: the medoid, the first, or an index"
+        "first", description="anchor frame: the first, auto for the medoid, or an index"
     )
     reference: Literal["anchor", "previous"] = Field(
         "anchor", description="frame that each frame is matched against"
@@ -82,7 +85,7 @@ class TTF(Budgeted):
         0.1, ge=0, le=1, description="matched share of a frame below which it needs a new anchor"
     )
     guard: Literal["none", "motion"] = Field(
-        "none",
+        "motion",
         description="motion: a match at another place counts only where the places around it moved "
         "alike; none: as published",
     )

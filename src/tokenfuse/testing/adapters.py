@@ -16,7 +16,7 @@ from tokenfuse.adapters.layout import Span, flat
 from tokenfuse.caches import as_argument, cache_of
 from tokenfuse.engine import CompressedInputs, prompt_adapter
 from tokenfuse.errors import AttachError, PromptError, UnsupportedModelError
-from tokenfuse.plan import FusionPlan
+from tokenfuse.plan import FusionPlan, Reduce
 from tokenfuse.registry import Registry, registry
 from tokenfuse.report import attends
 from tokenfuse.strategies.base import Attention, Strategy, Wants
@@ -35,6 +35,7 @@ class Drop(Strategy):
 
     name: ClassVar[str] = "conformance_drop"
     positions: Literal["keep", "contiguous"] = "keep"
+    attention: Literal["plain", "proportional"] = "plain"
     reduction: float = 0.5
     frames: bool = False
 
@@ -56,6 +57,11 @@ class Halves(Strategy):
 
     name: ClassVar[str] = "conformance_halves"
     positions: Literal["keep", "contiguous"] = "keep"
+    attention: Literal["plain", "proportional"] = "plain"
+    reduce: Reduce = "mean"
+
+    def fuse(self, plan: FusionPlan, x: Tensor) -> Tensor:
+        return plan.fuse(x, self.reduce)
 
     def plan(self, tokens: VisualTokens) -> FusionPlan:
         n = tokens.num_tokens
@@ -201,25 +207,35 @@ class AdapterConformance:
         inputs: Mapping[str, Any],
         plans: Mapping[Any, Any],
         since: Sequence[int] = (),
+        proportional: bool = False,
     ) -> MaskedRun:
         """The full-length run in which what the plans drop is hidden.
 
-        ``since``: the columns at which later turns begin.
+        ``since``: the columns at which later turns begin. ``proportional``: what is left is weighed
+        by its size.
         """
         hidden = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        sizes = torch.ones_like(inputs["input_ids"])
         adapter = self.adapter_of(model)
         with torch.no_grad():
             encoded = adapter.encode(inputs, image_blocks=self.image_blocks, since=since)
         for part in encoded:
             here = self.placeholders(model, inputs, part.modality)
             hidden = hidden.masked_scatter(here, ~part.keep_mask(plans[part.modality]))
-        return self.run(model, inputs, hidden)
+            sizes = sizes.masked_scatter(here, part.sizes(plans[part.modality]))
+        return self.run(model, inputs, hidden, sizes if proportional else None)
 
-    def run(self, model: Any, inputs: Mapping[str, Any], hidden: Tensor) -> MaskedRun:
-        """The full-length run in which ``hidden (B, L)`` is hidden."""
+    def run(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        hidden: Tensor,
+        sizes: Tensor | None = None,
+    ) -> MaskedRun:
+        """The full-length run in which ``hidden (B, L)`` is hidden, the rest weighed by size."""
         kind = MaskedRun if _masked(model) else DeletedRun
         never = self.never(model)
-        return kind(model, inputs, hidden, never=never, text_type=self.text_type)
+        return kind(model, inputs, hidden, never=never, text_type=self.text_type, sizes=sizes)
 
     @staticmethod
     def never(model: Any) -> list[int]:
@@ -384,6 +400,27 @@ class AdapterConformance:
         tokens, logits = self.oracle(model, inputs, short.plans).answer(STEPS)
         out = self.generate(model, short)
         assert torch.equal(out.sequences[:, short["input_ids"].shape[1] :], tokens)
+        self.close(torch.stack(out.logits, 1), logits)
+
+    def test_proportional_attention_equals_the_weighed_run(
+        self, attention: str, answered: str
+    ) -> None:
+        """A survivor gets the attention of all it stands for, also while answering, and later."""
+        model, inputs = self.model(attention), self.inputs(answered)
+        halves = Halves(reduce="keep", attention="proportional")
+        plans = self.compress(model, inputs, Halves()).plans
+        oracle = self.oracle(model, inputs, plans, proportional=True)
+        expected, logits = oracle.answer(STEPS)
+        with self.attach(model, halves):
+            out = self.generate(model, inputs)
+            assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], expected)
+            self.close(torch.stack(out.logits, 1), logits)
+            ids = torch.cat([out.sequences, self.question(len(expected))], -1)
+            later = {"input_ids": ids, **as_argument(cache_of(out))} | _mask(inputs, ids)
+            out = self.generate(model, later)
+        oracle.append(self.question(len(expected)))
+        expected, logits = oracle.answer(STEPS)
+        assert torch.equal(out.sequences[:, ids.shape[1] :], expected)
         self.close(torch.stack(out.logits, 1), logits)
 
     def test_no_token_sees_the_future(self, attention: str, case: str) -> None:

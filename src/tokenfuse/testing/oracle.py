@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenfuse.adapters.base import PER_TOKEN
+from tokenfuse.proportional import attention_modules, proportional_attention
 
 
 class MaskedRun:
@@ -17,7 +18,8 @@ class MaskedRun:
 
     ``inputs`` are the processor's, ``hidden (B, L)`` marks the dropped tokens. Positions are the
     model's own, by the method that ``generate`` asks. ``never`` are ids that no answer holds,
-    ``text_type`` is the token type of an answer. A hook on each attention of the decoder hides
+    ``text_type`` is the token type of an answer. ``sizes (B, L)`` are what proportional attention
+    weighs the tokens by. A hook on each attention of the decoder hides
     the dropped keys, whatever mask the model makes, so that bidirectional blocks and sliding
     windows stay as they are. Every answer reads the whole conversation anew, without a cache.
     """
@@ -30,8 +32,10 @@ class MaskedRun:
         *,
         never: Sequence[int] = (),
         text_type: int = 0,
+        sizes: Tensor | None = None,
     ) -> None:
         self.model, self.inputs, self.hidden = model, dict(inputs), hidden
+        self.sizes = sizes
         self.never, self.text_type = list(never), text_type
 
     @property
@@ -54,6 +58,8 @@ class MaskedRun:
                 new = more.get(name, torch.full_like(ids, self.text_type)).to(old.dtype)
                 self.inputs[name] = torch.cat([old, new], -1)
         self.hidden = torch.cat([self.hidden, torch.zeros_like(ids, dtype=torch.bool)], -1)
+        if self.sizes is not None:
+            self.sizes = torch.cat([self.sizes, torch.ones_like(ids)], -1)
 
     def positions(self) -> Tensor:
         """The model's own positions for the whole conversation."""
@@ -69,7 +75,7 @@ class MaskedRun:
     @torch.no_grad()
     def logits(self) -> Tensor:
         """Logits ``(B, L, V)``; those of hidden tokens and of padding mean nothing."""
-        with hide(self.model, self.hidden | ~self.real):
+        with hide(self.model, self.hidden | ~self.real, self.sizes):
             # The class's own forward, also while the model is attached.
             output = type(self.model).forward(
                 self.model,
@@ -110,14 +116,16 @@ class DeletedRun(MaskedRun):
             if own.ndim == 3 and len(own) == 4:
                 own[0] = torch.arange(own.shape[-1])
             embeds = given["inputs_embeds"][row : row + 1, seen]
-            states = self.model.get_decoder()(
-                inputs_embeds=embeds,
-                position_ids=own,
-                # Without a mask, gaps in 1-D positions would mean several packed prompts.
-                attention_mask=torch.ones_like(embeds[..., 0], dtype=torch.long),
-                use_cache=False,
-                return_dict=True,
-            )
+            sizes = None if self.sizes is None else self.sizes[row : row + 1, seen]
+            with proportional_attention(self.model, sizes):
+                states = self.model.get_decoder()(
+                    inputs_embeds=embeds,
+                    position_ids=own,
+                    # Without a mask, gaps in 1-D positions would mean several packed prompts.
+                    attention_mask=torch.ones_like(embeds[..., 0], dtype=torch.long),
+                    use_cache=False,
+                    return_dict=True,
+                )
             logits = self.model.lm_head(states.last_hidden_state)[0]
             whole = logits.new_zeros(len(seen), logits.shape[-1])
             rows.append(whole.index_copy(0, seen.nonzero().flatten(), logits))
@@ -138,8 +146,11 @@ class DeletedRun(MaskedRun):
 
 
 @contextmanager
-def hide(model: Any, hidden: Tensor) -> Iterator[None]:
-    """No token of the decoder sees the ``hidden (B, L)`` ones inside the block, but itself."""
+def hide(model: Any, hidden: Tensor, sizes: Tensor | None = None) -> Iterator[None]:
+    """No token of the decoder sees the ``hidden (B, L)`` ones inside the block, but itself.
+
+    It sees the others as often as ``sizes (B, L)`` says.
+    """
     length = hidden.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
     # A row without a visible key would be NaN.
@@ -150,21 +161,18 @@ def hide(model: Any, hidden: Tensor) -> Iterator[None]:
         if mask is None:
             mask = causal.expand(len(hidden), 1, -1, -1)
         if mask.dtype == torch.bool:
-            return args, kwargs | {"attention_mask": mask & ~blocked}
+            mask = mask & ~blocked
+            if sizes is None:
+                return args, kwargs | {"attention_mask": mask}
+            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, -1e9)
+        weight = 0.0 if sizes is None else sizes[:, None, None].log().to(mask)
         lowest = torch.finfo(mask.dtype).min
-        return args, kwargs | {"attention_mask": mask.masked_fill(blocked, lowest)}
+        return args, kwargs | {"attention_mask": (mask + weight).masked_fill(blocked, lowest)}
 
-    found = [
-        module
-        for module in model.get_decoder().modules()
-        if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups")
+    handles = [
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+        for module in attention_modules(model)
     ]
-    if not found:
-        raise NotImplementedError(
-            f"no attention was found in the decoder of {type(model).__name__}; expected modules "
-            "with layer_idx and num_key_value_groups, as transformers has them"
-        )
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in found]
     try:
         yield
     finally:
