@@ -76,7 +76,7 @@ def test_a_slice_asked_again_gives_the_committed_answers(held, tmp_path):
     name = held.header.model
     plan = PLAN.model_copy(update={"tasks": ["vanish"]})
     chosen = [
-        s for s in settings(plan, registry()) if {"published", "third-guarded"} & s.where.keys()
+        s for s in settings(plan, registry()) if {"published", "causal"} & s.where.keys()
     ]
     assert len(chosen) == 2
     again = Records(tmp_path / f"{name}.jsonl")

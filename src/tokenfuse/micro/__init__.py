@@ -1,7 +1,7 @@
 """The micro Qwen3-VL: a real ``Qwen3VLForConditionalGeneration`` that fits into the package.
 
-It answers six kinds of questions about small synthetic videos (``tokenfuse.micro.tasks``) and
-stands in wherever pretrained weights are not at hand.
+It answers questions about small synthetic videos (``tokenfuse.micro.tasks``, and the strata of
+``tokenfuse.micro.strata``) and stands in wherever pretrained weights are not at hand.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ SAMPLE = Path(__file__).parent / "sample.mp4"
 
 SAMPLE_QUESTION = "What color is the moving object?"
 
-INSTRUMENTS = {name: Path(__file__).parent / name for name in ("plain", "robust")}
-"""Folders of the models of ``tokenfuse bench retention``, which answer the questions of all strata.
+INSTRUMENTS = {"plain": CHECKPOINT, "robust": Path(__file__).parent / "robust"}
+"""Folders of the models of ``tokenfuse bench retention``.
 
 ``plain`` has never seen a prompt with missing tokens, ``robust`` has. They see alike: the vision
 tower is the same.
