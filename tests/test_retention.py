@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from tokenfuse.bench.retention.ask import lacking
 from tokenfuse.bench.retention.plan import BLIND, UNCOMPRESSED, UNDECIDED, Plan, read_plan, settings
-from tokenfuse.bench.retention.records import Answers, Clips, Header, Records
+from tokenfuse.bench.retention.records import Answers, Clips, Header, Records, alone
 from tokenfuse.bench.retention.run import retention
 from tokenfuse.bench.retention.summary import Summary, in_group, in_stratum
 from tokenfuse.cli import app
@@ -146,8 +146,10 @@ def test_a_line_cut_short_is_removed_and_the_next_one_is_whole(tmp_path):
     records.append(answers("x", {"still": "1"}, {"still": 9}))
     with path.open("a") as file:
         file.write('{"task":"color","setting":"y","rig')
+    torn = path.read_bytes()
     again = Records(path)
     assert not again.done("color", "y")
+    assert path.read_bytes() == torn, "another process may be about to end the line"
     again.append(answers("y", {"still": "0"}, {"still": 9}))
     assert [json.loads(line).get("setting") for line in path.read_text().splitlines()] == [
         None,
@@ -163,6 +165,17 @@ def test_no_question_counts_twice(tmp_path):
     records.append(answers("x", {"still": "10"}, {"still": 9}))
     records.append(answers("x", {"still": "11"}, {"still": 9}))
     assert Records(path).right("color", "x")["still"].tolist() == [True, False]
+
+
+def test_two_runs_do_not_write_one_file(tmp_path):
+    with (
+        alone(tmp_path / "plain.jsonl"),
+        pytest.raises(ConfigError, match=r"another run is adding to .*plain\.jsonl: wait"),
+    ):
+        run_small(tmp_path)
+    assert not (tmp_path / "plain.jsonl").exists()
+    with alone(tmp_path / "plain.jsonl"), alone(tmp_path / "robust.jsonl"):
+        pass
 
 
 @pytest.mark.parametrize("text", ["{}\n", "no json\n", '{"task": 1}\n', "[]\n", '{"a": 1}\n'])

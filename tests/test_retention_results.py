@@ -75,9 +75,7 @@ def test_subtle_tasks_count(held):
 def test_a_slice_asked_again_gives_the_committed_answers(held, tmp_path):
     name = held.header.model
     plan = PLAN.model_copy(update={"tasks": ["vanish"]})
-    chosen = [
-        s for s in settings(plan, registry()) if {"published", "causal"} & s.where.keys()
-    ]
+    chosen = [s for s in settings(plan, registry()) if {"published", "causal"} & s.where.keys()]
     assert len(chosen) == 2
     again = Records(tmp_path / f"{name}.jsonl")
     ask(name, INSTRUMENTS[name], plan, chosen, again, lambda *_: None)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tokenfuse.bench.paired import Right
@@ -81,6 +83,7 @@ class Records:
         self.clips: dict[str, Clips] = {}
         self.answers: dict[tuple[str, str], Answers] = {}
         self.described: dict[str, dict[str, Any]] = {}
+        self._whole: int | None = None
         if path.exists():
             self._read()
 
@@ -100,8 +103,12 @@ class Records:
     def append(self, line: Line) -> None:
         """Add a line, whole or not at all even if the process is killed."""
         self._take(line)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line.model_dump_json() + "\n")
+        with self.path.open("ab") as file:
+            if self._whole is not None:
+                # Only now: who reads a file may read it while another process writes a line.
+                file.truncate(self._whole)
+                self._whole = None
+            file.write(line.model_dump_json().encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -136,8 +143,26 @@ class Records:
         if whole and self.header is None:
             raise ConfigError(f"{self.path} has no header: it is no file of this command; move it")
         if len(whole) < len(raw):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
+            self._whole = len(whole)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other processes that ask for it from writing to ``path`` inside the block.
+
+    Raises ConfigError where one is at it already.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"another run is adding to {path}: wait for it, or choose another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _parse(text: bytes, where: str) -> Line:

@@ -21,8 +21,8 @@ from tokenfuse.bench.plot import check
 from tokenfuse.bench.retention.ask import ask, lacking
 from tokenfuse.bench.retention.figures import figures
 from tokenfuse.bench.retention.page import page
-from tokenfuse.bench.retention.plan import Plan, settings
-from tokenfuse.bench.retention.records import Records
+from tokenfuse.bench.retention.plan import Plan, Setting, settings
+from tokenfuse.bench.retention.records import Records, alone
 from tokenfuse.bench.retention.summary import Summary
 from tokenfuse.errors import ConfigError
 from tokenfuse.registry import registry
@@ -51,25 +51,9 @@ def retention(
             f"{', '.join(plan.motions) or 'no motion'} in {plan.patches} patches: name others"
         )
     for name in ask_only:
-        records = Records(out / f"{name}.jsonl")
-        missing = sum(
-            len(plan.strata(task)) * plan.questions
-            for task in plan.tasks
-            for _ in lacking(plan, chosen, records, task)
-        )
-        bar = Progress(
-            TextColumn(name),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("answers"),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-            console=err,
-        )
-        with bar:
-            job = bar.add_task("loading the model", total=missing)
-            tick = functools.partial(_advance, bar, job)
-            ask(name, models[name], plan, chosen, records, tick)
+        path = out / f"{name}.jsonl"
+        with alone(path):
+            _ask(name, models[name], plan, chosen, Records(path), err)
     held = [Records(out / f"{name}.jsonl") for name in models if (out / f"{name}.jsonl").exists()]
     summaries = [summary for records in held if (summary := Summary(records)).tasks]
     if not summaries:
@@ -77,6 +61,33 @@ def retention(
     text = page(plan, chosen, summaries, figures(plan, chosen, summaries, out), command)
     write(out / "index.md", text)
     return out / "index.md"
+
+
+def _ask(
+    name: str,
+    source: Path,
+    plan: Plan,
+    chosen: Sequence[Setting],
+    records: Records,
+    err: Console,
+) -> None:
+    missing = sum(
+        len(plan.strata(task)) * plan.questions
+        for task in plan.tasks
+        for _ in lacking(plan, chosen, records, task)
+    )
+    bar = Progress(
+        TextColumn(name),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("answers"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        console=err,
+    )
+    with bar:
+        job = bar.add_task("loading the model", total=missing)
+        ask(name, source, plan, chosen, records, functools.partial(_advance, bar, job))
 
 
 def _advance(bar: Progress, job: TaskID, what: str, answers: int) -> None:
