@@ -18,13 +18,13 @@ from tokenfuse.micro.questions import SUBTLE
 from tokenfuse.micro.strata import STRATA, make_stratum_clip
 from tokenfuse.registry import registry
 
-TTF = {"strategy": "ttf", "segments": "single"}
+PUBLISHED = {"strategy": "ttf", "anchor": "auto", "segments": "single", "guard": "none"}
 SETTINGS = {
-    "ttf as published": TTF,
-    "ttf, window 1": TTF | {"window": 1},
-    "ttf, guard": TTF | {"guard": "motion"},
-    "ttf, previous frame": TTF | {"reference": "previous"},
-    "ttf, previous, guard": TTF | {"reference": "previous", "guard": "motion"},
+    "ttf as published": PUBLISHED,
+    "ttf as published, window 1": PUBLISHED | {"window": 1},
+    "ttf as published, guard": PUBLISHED | {"guard": "motion"},
+    "ttf": {"strategy": "ttf"},
+    "ttf, previous frame": {"strategy": "ttf", "reference": "previous"},
     "tome": {"strategy": "tome"},
     "evs": {"strategy": "evs"},
     "uniform": {"strategy": "uniform"},
