@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig, LogitsProcessor
 
 import tokenfuse
 from models import AMONG, Halves, batch, build, model_of, one_video, prompt, two_videos, user
@@ -30,6 +32,7 @@ class OneAttention(nn.Module):
 
     layer_idx = 0
     num_key_value_groups = 1
+    config = LlamaConfig(attn_implementation="sdpa")
 
     def get_decoder(self):
         return self
@@ -86,9 +89,22 @@ def test_logits_equal_those_with_a_mask_of_the_callers_own(kind, make):
 OPTIONS = {"max_new_tokens": 5, "return_dict_in_generate": True, "output_logits": True}
 
 
-@pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}])
-def test_the_kind_of_cache_does_not_change_the_answer(options):
-    model, inputs = model_of(), batch("left")
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+@pytest.mark.parametrize("make", [one_video, lambda: batch("left")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 7},
+        {"prefill_chunk_size": 7, "cache_implementation": "static"},
+    ],
+    ids=str,
+)
+def test_the_kind_of_cache_does_not_change_the_answer(kind, make, options):
+    if "prefill_chunk_size" in options and transformers.__version__ < "5.23":
+        pytest.skip("transformers reads chunks of visual prompts wrongly before 5.23")
+    model, inputs = model_of(attention=kind), make()
     with attach(model):
         expected = model.generate(**inputs, **OPTIONS)
         found = model.generate(**inputs, **OPTIONS, **options)
@@ -96,6 +112,38 @@ def test_the_kind_of_cache_does_not_change_the_answer(options):
     torch.testing.assert_close(
         torch.stack(found.logits), torch.stack(expected.logits), atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_a_rejected_draft_leaves_no_mask_behind(tokens):
+    model, inputs = model_of(), one_video()
+    with attach(model):
+        expected = model.generate(**inputs, **OPTIONS)
+        found = model.generate(**inputs, **OPTIONS, prompt_lookup_num_tokens=tokens)
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+def test_another_prompt_that_is_read_meanwhile_is_read_as_ever():
+    """As by guidance, or by another thread while a stream is read."""
+    model, inputs = model_of(), one_video()
+    text = prompt([user("What color is it, and what shape is it, and where is it?" * 3)])
+    seen = []
+
+    class Reads(LogitsProcessor):
+        def __call__(self, ids, scores):
+            # By the class, as a call of another thread after the block.
+            seen.append(type(model).forward(model, **text).logits)
+            return scores
+
+    with torch.no_grad():
+        expected = model(**text).logits
+    with attach(model):
+        plain = model.generate(**inputs, **OPTIONS)
+        found = model.generate(**inputs, **OPTIONS, logits_processor=[Reads()])
+    assert torch.equal(found.sequences, plain.sequences)
+    assert len(seen) == 5
+    for logits in seen:
+        torch.testing.assert_close(logits, expected)
 
 
 def test_beams_and_samples_see_the_sizes_of_their_own_prompt():
@@ -144,6 +192,23 @@ def test_a_new_video_in_a_later_turn_brings_its_sizes():
     )
 
 
+@pytest.mark.parametrize("begins", ["plain", "proportional"])
+def test_a_cache_that_changes_sessions_keeps_what_it_was_read_by(begins):
+    """The first video weighs as in its own session, the second one as in the next."""
+    model, first = model_of(), one_video()
+    sessions = {"plain": Halves(), "proportional": HALVES}
+    ends = next(name for name in sessions if name != begins)
+    with attach(model, sessions[begins]):
+        out = model.generate(**first, **OPTIONS)
+    cache, both = cache_of(out), two_turns(first, out.sequences)
+    with attach(model, sessions[ends]):
+        model.generate(**both, **as_argument(cache), max_new_tokens=1)
+    sizes, length = cache._tokenfuse_turn.sizes, out.sequences.shape[1]
+    begun = int((cache._tokenfuse_turn.columns[0] < length).sum())
+    assert int(sizes[:, :begun].max()) == (2 if begins == "proportional" else 1)
+    assert int(sizes[:, begun:].max()) == (2 if ends == "proportional" else 1)
+
+
 def two_turns(first, answered):
     """The inputs of a conversation that shows a second video."""
     new = one_video(4, 2, "And this one?")
@@ -182,6 +247,20 @@ def test_attention_that_takes_no_bias_is_refused():
     model.config.get_text_config()._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(UnsupportedModelError, match="flash_attention_2 does not take"):
         attach(model)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_gradients_reach_the_model_and_checkpointing_is_refused(kind):
+    model, inputs = build(attention=kind).train(), one_video()
+    with attach(model):
+        model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+    assert model.model.language_model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+    # Not by the method, whose name depends on the release of transformers.
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = True
+    with attach(model), pytest.raises(UnsupportedModelError, match="gradient checkpointing"):
+        model(**inputs, labels=inputs["input_ids"], use_cache=False)
 
 
 def test_a_part_of_a_chain_cannot_say_how_the_whole_is_read():

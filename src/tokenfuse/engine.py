@@ -288,9 +288,10 @@ def sizes_of(
     columns: Tensor,
 ) -> Tensor | None:
     """How many tokens those of the shorter prompt stand for, ``(B, L')``, if that counts."""
-    if strategy.attention == "plain":
+    if strategy.attention != "proportional":
         return None
-    return adapter.sizes(inputs, encoded, plans).gather(-1, columns)
+    # Padding may stand in the column of a token that is gone.
+    return adapter.sizes(inputs, encoded, plans).gather(-1, columns).clamp_min(1)
 
 
 def _unchanged(

@@ -51,14 +51,25 @@ def proportional_attention(model: Any, sizes: Int[Tensor, "B M"] | None) -> Iter
     """Add ``log sizes`` to the logits of the first ``M`` keys of a prompt, inside the block.
 
     A token that was fused from ``s`` alike ones then gets the attention that these would have got
-    together. ``sizes (B, M)`` belong to the prompt that the model reads or has in its cache; what
-    follows it counts once. Rows may be repeated, as for beams. None changes nothing.
+    together. ``sizes (B, M)`` belong to the prompt that the model reads first in the block, or has
+    in the cache that it reads first; what follows that prompt counts once, and prompts in other
+    caches are read as ever. Rows may be repeated, as for beams. None changes nothing.
+
+    Raises UnsupportedModelError where attention takes no bias, or where a backward pass would run
+    the layers again without it.
 
     Source: proportional attention, Token Merging (arXiv 2210.09461), section 3.
     """
     if sizes is None:
         yield
         return
+    refuse_fused_kernels(model)
+    repeated = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if model.training and repeated:
+        raise UnsupportedModelError(
+            "attention: proportional acts in the forward pass only, and gradient checkpointing "
+            "repeats it in the backward pass: switch that off, or use attention: plain"
+        )
     hook = _Bias(sizes.float().log())
     handles = [
         module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -76,31 +87,41 @@ class _Bias:
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
+        self.began = False
+        self.cache: Any = None
         # All layers of a kind get the same mask, so that it is made once for them.
-        self.last: tuple[Any, int, Tensor] | None = None
+        self.last: tuple[Any, tuple[Any, ...], Tensor] | None = None
 
     def __call__(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
+        cache = cache_of(kwargs)
+        if not self.began:
+            self.began, self.cache = True, cache
+        if cache is not self.cache:
+            # Another prompt, of guidance or of another thread.
+            return args, kwargs
         states = args[0] if args else kwargs["hidden_states"]
         mask, length = kwargs.get("attention_mask"), states.shape[1]
-        cache = cache_of(kwargs)
-        past = 0 if cache is None else int(cache.get_seq_length(module.layer_idx))
-        total = past + length
-        if self.last is None or self.last[0] is not mask or self.last[1] != total:
-            self.last = (mask, total, self._mask(mask, length, total, states))
+        past, width, first = 0, length, 0
+        if cache is not None:
+            past = int(cache.get_seq_length(module.layer_idx))
+            width, first = cache.get_mask_sizes(length, module.layer_idx)
+        known = (length, past, width, first, states.dtype, states.device)
+        if self.last is None or self.last[0] is not mask or self.last[1] != known:
+            if mask is None:
+                # What sdpa does of its own accord where there is no mask.
+                mask = torch.ones(length, width, dtype=torch.bool, device=states.device)
+                mask = mask.tril(past - first)
+            self.last = (kwargs.get("attention_mask"), known, self._add(mask, first, states))
         return args, kwargs | {"attention_mask": self.last[2]}
 
-    def _mask(self, mask: Tensor | None, length: int, total: int, like: Tensor) -> Tensor:
-        width = total if mask is None else mask.shape[-1]
-        # A sliding window holds the last keys only; a static cache has room for more.
-        first = max(0, total - width)
+    def _add(self, mask: Tensor, first: int, like: Tensor) -> Tensor:
+        """``mask (..., L, W)`` as floats, with the weights of the keys from ``first`` on."""
+        width = mask.shape[-1]
         weight = self.weight[:, first : first + width]
         bias = nn.functional.pad(weight, (0, width - weight.shape[1]))
         bias = bias.repeat_interleave(len(like) // len(bias), 0)[:, None, None].to(like)
-        if mask is None:
-            mask = torch.ones(length, total, dtype=torch.bool, device=like.device)
-            mask = mask.tril(total - length)
         if mask.dtype == torch.bool:
             return torch.where(mask, bias, torch.finfo(like.dtype).min)
         return mask + bias

@@ -291,6 +291,7 @@ class Session:
         else:
             return original(**inputs)
         prompt = inputs["input_ids"]
+        self._refuse_gaps_without_a_cache(inputs, short["position_ids"])
         arguments = as_the_caller_means(
             short, prompt, short["input_ids"], self.model.generation_config
         )
@@ -309,6 +310,19 @@ class Session:
             return whole
         output.sequences = whole
         return output
+
+    def _refuse_gaps_without_a_cache(self, inputs: Mapping[str, Any], positions: Tensor) -> None:
+        configs = (inputs.get("generation_config"), self.model.generation_config)
+        said = [inputs.get("use_cache"), *(getattr(c, "use_cache", None) for c in configs)]
+        cached = next((value for value in said if value is not None), True)
+        # generate drops a mask that hides nothing; without a cache 1-D positions are all that is
+        # left to tell prompts apart.
+        if not cached and positions.ndim == 2 and bool((positions.diff() > 1).any()):
+            raise PromptError(
+                "use_cache is False, and without a cache transformers takes gaps in 1-D "
+                "position_ids for the beginnings of other prompts; expected use_cache=True, or a "
+                "strategy with positions: contiguous"
+            )
 
     def _bring_a_prompt(self, inputs: Mapping[str, Any]) -> bool:
         """Whether there is something to compress or report, not only tokens that follow a cache."""

@@ -216,7 +216,12 @@ def show_more(
     rest = {name: value for name, value in inputs.items() if name not in read}
     short = CompressedInputs({**rest, **prompt, "mm_encoder_outputs": fused})
     short.plans, short.columns = plans, columns
-    short.sizes = sizes_of(adapter, whole, encoded, plans, strategy, columns)
+    sizes = sizes_of(adapter, whole, encoded, plans, strategy, columns)
+    if sizes is not None or turn.sizes is not None:
+        # What the cache holds was read by its own sizes, whatever this session's strategy says.
+        sizes = torch.ones_like(columns) if sizes is None else sizes
+        sizes[:, : turn.short.shape[1]] = 1 if turn.sizes is None else turn.sizes
+    short.sizes = sizes
     lengths = mask.sum(-1).tolist(), valid.sum(-1).tolist()
     short.report = report_on(adapter, strategy, encoded, plans, *lengths, watch.read())
     found.observe("tokenfuse_compressed", report=short.report)

@@ -152,7 +152,8 @@ def alone(path: Path) -> Iterator[None]:
 
     Raises ConfigError where one is at it already.
     """
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    whole = path.resolve()
+    lock = FileLock(whole.with_name(f".{whole.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
