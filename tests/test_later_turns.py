@@ -8,6 +8,7 @@ import torch
 import tokenfuse
 from families import FAMILIES
 from tokenfuse.caches import as_argument, cache_of
+from tokenfuse.errors import PromptError
 from tokenfuse.testing import AdapterConformance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,3 +69,18 @@ def test_a_turn_after_a_visual_token_goes_on_as_transformers_does(name):
     torch.testing.assert_close(
         torch.stack(mine.logits), torch.stack(plain.logits), atol=1e-4, rtol=0
     )
+
+
+def test_gaps_in_positions_without_a_cache_are_refused():
+    """transformers would take what follows a gap for another prompt."""
+    family = FAMILIES["llava"]
+    model = family.build("sdpa")
+    inputs = family.prompt([[("text", 1), ("image", 3), ("text", 2)]])
+    with tokenfuse.attach(model, "uniform", keep_ratio=0.5):
+        with pytest.raises(PromptError, match="use_cache is False"):
+            model.generate(**inputs, use_cache=False, max_new_tokens=2)
+        cached = answer(model, inputs)
+    contiguous = {"keep_ratio": 0.5, "positions": "contiguous"}
+    with tokenfuse.attach(model, "uniform", **contiguous):
+        model.generate(**inputs, use_cache=False, max_new_tokens=2)
+    assert cached.sequences.shape[1] == inputs["input_ids"].shape[1] + 4
