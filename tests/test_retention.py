@@ -176,6 +176,13 @@ def test_two_runs_do_not_write_one_file(tmp_path):
     assert not (tmp_path / "plain.jsonl").exists()
     with alone(tmp_path / "plain.jsonl"), alone(tmp_path / "robust.jsonl"):
         pass
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "plain.jsonl")
+    with (
+        alone(tmp_path / "plain.jsonl"),
+        pytest.raises(ConfigError, match="another run"),
+        alone(tmp_path / "link.jsonl"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("text", ["{}\n", "no json\n", '{"task": 1}\n', "[]\n", '{"a": 1}\n'])

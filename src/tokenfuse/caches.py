@@ -11,8 +11,9 @@ NAMES = ("cache", "past_key_values")
 
 def cache_of(values: Mapping[str, Any]) -> Any:
     """The cache among the inputs or the outputs of a model, or None."""
-    # An output that is asked for the old name warns, even where it has neither.
-    found = (values[name] for name in NAMES if name in values.keys())  # noqa: SIM118
+    # The keys, for an output that is asked for the old name warns, even where it has neither.
+    held = values.keys()
+    found = (values[name] for name in NAMES if name in held)
     return next((cache for cache in found if cache is not None), None)
 
 

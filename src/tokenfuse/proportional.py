@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +33,18 @@ def attention_modules(model: Any) -> list[nn.Module]:
             "with layer_idx and num_key_value_groups, as transformers has them"
         )
     return found
+
+
+@contextmanager
+def before_attention(model: Any, hook: Callable[..., Any]) -> Iterator[None]:
+    """Call ``hook(module, args, kwargs)`` before each attention of the decoder inside the block.
+
+    Raises UnsupportedModelError where there is none.
+    """
+    with ExitStack() as hooks:
+        for module in attention_modules(model):
+            hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
 
 
 def refuse_fused_kernels(model: Any) -> None:
@@ -70,16 +82,8 @@ def proportional_attention(model: Any, sizes: Int[Tensor, "B M"] | None) -> Iter
             "attention: proportional acts in the forward pass only, and gradient checkpointing "
             "repeats it in the backward pass: switch that off, or use attention: plain"
         )
-    hook = _Bias(sizes.float().log())
-    handles = [
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-        for module in attention_modules(model)
-    ]
-    try:
+    with before_attention(model, _Bias(sizes.float().log())):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Bias:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenfuse.adapters.base import PER_TOKEN
-from tokenfuse.proportional import attention_modules, proportional_attention
+from tokenfuse.proportional import before_attention, proportional_attention
 
 
 class MaskedRun:
@@ -169,12 +169,5 @@ def hide(model: Any, hidden: Tensor, sizes: Tensor | None = None) -> Iterator[No
         lowest = torch.finfo(mask.dtype).min
         return args, kwargs | {"attention_mask": (mask + weight).masked_fill(blocked, lowest)}
 
-    handles = [
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-        for module in attention_modules(model)
-    ]
-    try:
+    with before_attention(model, hook):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
