@@ -256,12 +256,21 @@ def test_lmms_eval_scores_the_uncompressed_model(task, tmp_path):
 
 
 @needs_lmms_eval
-@pytest.mark.parametrize("options", [(), ("--force_simple", "--batch_size", "4")])
-def test_lmms_eval_writes_what_compression_did(task, tmp_path, options):
-    results = run(task, tmp_path, ",strategy=ttf,threshold=0.7", *options)
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (",strategy=ttf,threshold=0.7", ()),
+        (",strategy=ttf,threshold=0.7", ("--force_simple", "--batch_size", "4")),
+        (",strategy=ttf-causal,attention=proportional", ()),
+    ],
+)
+def test_lmms_eval_writes_what_compression_did(task, tmp_path, arguments, options):
+    results = run(task, tmp_path, arguments, *options)
     assert results["results"]["micro_clips"]["right,none"] >= 16 / 18
-    found = results["tokenfuse"]
-    assert found["strategy"] == tokenfuse.strategy("ttf", threshold=0.7).describe()
+    found, expected = results["tokenfuse"], tokenfuse.strategy("ttf", threshold=0.7)
+    if "causal" in arguments:
+        expected = tokenfuse.load_strategy("ttf-causal", {"attention": "proportional"})
+    assert found["strategy"] == expected.describe()
     assert found["prompts"] == 18
     assert found["tokens_before"] == 18 * 288
     assert 0.5 < found["reduction"] < 1
