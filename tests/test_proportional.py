@@ -14,7 +14,7 @@ import tokenfuse
 from models import AMONG, Halves, batch, build, model_of, one_video, prompt, two_videos, user
 from tokenfuse.caches import as_argument, cache_of
 from tokenfuse.errors import ConfigError, UnsupportedModelError
-from tokenfuse.proportional import attention_modules, proportional_attention
+from tokenfuse.proportional import Shares, attention_modules, proportional_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HALVES = Halves(attention="proportional")
@@ -44,39 +44,92 @@ class OneAttention(nn.Module):
         return scaled_dot_product_attention(x, x, x, attention_mask, is_causal=causal)[:, 0]
 
 
-@given(st.integers(1, 5), st.integers(0, 4), st.data())
-def test_a_size_is_as_many_equal_keys(fused, text, data):
-    """What follows the prompt sees a token of size s as it would see s tokens like it."""
-    sizes = torch.tensor(
-        data.draw(st.lists(st.integers(1, 9), min_size=fused, max_size=fused)) + [1] * text
-    )
-    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
-    x = torch.randn(1, len(sizes) + 2, 8, generator=rng, dtype=torch.float64)
-    many = torch.cat([x[:, : len(sizes)].repeat_interleave(sizes, 1), x[:, len(sizes) :]], 1)
+@given(st.data())
+def test_each_query_sees_a_survivor_as_it_would_see_all_it_stands_for(data):
+    """Alike tokens, wherever they stand: fused, they change nothing for any token that is left."""
+    n = data.draw(st.integers(1, 9))
+    owner = torch.tensor([data.draw(st.integers(0, n - 1)) for _ in range(n)])
+    left = owner.unique()
+    owner = owner.scatter(0, left, left)
+    x = torch.randn(1, n + 2, 8, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    x[0, :n] = x[0, owner]
+    whole = torch.cat([owner, torch.tensor([n])])[None]
+    columns = torch.cat([left, torch.tensor([n])])[None]
+    shares = Shares.of(whole, torch.arange(n + 1)[None], columns, torch.ones_like(columns).bool())
+    assert shares.length == len(left) + 1
+    kept = torch.cat([columns[0], torch.tensor([n + 1])])
     model = OneAttention()
-    with proportional_attention(model, sizes[None]):
-        short = model(hidden_states=x)[:, -2:]
-    torch.testing.assert_close(short, model(hidden_states=many)[:, -2:])
+    expected = model(hidden_states=x)[:, kept]
+    with proportional_attention(model, shares):
+        found = model(hidden_states=x[:, kept])
+    # No token can see what stands for an earlier one, but comes later.
+    at = kept[:-1, None]
+    early = (torch.arange(n + 1) <= at) & (whole > at)
+    seen = torch.cat([~early.any(-1), torch.tensor([True])])
+    torch.testing.assert_close(found[:, seen], expected[:, seen])
+
+
+def test_a_cache_that_slides_leaves_the_weights_of_the_keys_it_still_holds():
+    class Window:
+        """Of five keys and one query, the last four."""
+
+        def get_seq_length(self, layer):
+            return 5
+
+        def get_mask_sizes(self, queries, layer):
+            return 4, 2
+
+    class Catches(OneAttention):
+        def forward(self, hidden_states, attention_mask=None, past_key_values=None):
+            return attention_mask
+
+    owner = torch.tensor([[0, 1, 1, 3, 3, 3, 6, 7]])
+    columns = torch.tensor([[0, 1, 3, 6, 7]])
+    shares = Shares.of(owner, torch.arange(8)[None], columns, torch.ones_like(columns).bool())
+    model = Catches()
+    with proportional_attention(model, shares):
+        mask = model(hidden_states=torch.zeros(1, 1, 8), past_key_values=Window())
+    torch.testing.assert_close(mask.exp(), torch.tensor([[[[3.0, 1, 1, 1]]]]))
+
+
+def counted(model, inputs, short):
+    """How many tokens each of a short prompt stands for to each other, token by token."""
+    rows, length = short["input_ids"].shape
+    counts = torch.ones(rows, length, length)
+    real = short["attention_mask"].bool()
+    for modality in ("image", "video"):
+        ids = inputs["input_ids"] == getattr(model.config, f"{modality}_token_id")
+        plans = short.plans.get(modality, [])
+        assert int(ids.sum()) == sum(plan.num_source for plan in plans)
+        here = iter(ids.nonzero().tolist())
+        for plan in plans:
+            places = [next(here) for _ in range(plan.num_source)]
+            row, targets = places[0][0], plan.target.tolist()
+            columns = zip(short.columns[row].tolist(), real[row], strict=True)
+            left = [column if ok else None for column, ok in columns]
+            for slot, survivor in enumerate(plan.survivors.tolist()):
+                key = left.index(places[survivor][1])
+                sources = zip(places, targets, strict=True)
+                mine = [column for (_, column), to in sources if to == slot]
+                for query, column in enumerate(left):
+                    if column is not None:
+                        before = sum(source <= column for source in mine)
+                        counts[row, query, key] = max(1, before)
+    return counts
 
 
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
 @pytest.mark.parametrize("make", [one_video, two_videos, lambda: batch("left"), batch])
 def test_logits_equal_those_with_a_mask_of_the_callers_own(kind, make):
-    """The reference: transformers' own 4-D masks, with the sizes told from the plans."""
+    """The reference: transformers' own 4-D masks, counted token by token from the plans."""
     model, inputs = model_of(attention=kind), make()
     short = tokenfuse.compress(model, inputs, Halves(), among=AMONG)
-    config, real = model.config, short["attention_mask"].bool()
-    sizes = torch.ones_like(short["input_ids"])
-    for modality, token in (("image", config.image_token_id), ("video", config.video_token_id)):
-        plans = short.plans.get(modality, [])
-        here = short["input_ids"] == token
-        assert int(here.sum()) == sum(plan.num_kept for plan in plans)
-        if plans:
-            sizes[here] = torch.cat([torch.bincount(plan.target) for plan in plans])
-    assert int(sizes.max()) == 2
-    length = sizes.shape[1]
+    real = short["attention_mask"].bool()
+    counts = counted(model, inputs, short)
+    assert counts.unique().tolist() == [1, 2]
+    length = real.shape[1]
     seen = torch.ones(length, length, dtype=torch.bool).tril() & real[:, None, None]
-    mask = torch.where(seen, sizes.log()[:, None, None], torch.finfo(torch.float32).min)
+    mask = torch.where(seen, counts.log()[:, None], torch.finfo(torch.float32).min)
     with torch.no_grad():
         expected = model(**{**short, "attention_mask": mask}).logits
         with attach(model):
@@ -205,7 +258,8 @@ def test_a_cache_that_changes_sessions_keeps_what_it_was_read_by(begins):
     cache, both = cache_of(out), two_turns(first, out.sequences)
     with attach(model, sessions[ends]):
         model.generate(**both, **as_argument(cache), max_new_tokens=1)
-    sizes, length = cache._tokenfuse_turn.sizes, out.sequences.shape[1]
+    length = out.sequences.shape[1]
+    sizes = cache._tokenfuse_turn.shares.counts(1000, 1)[:, 0]
     begun = int((cache._tokenfuse_turn.columns[0] < length).sum())
     assert int(sizes[:, :begun].max()) == (2 if begins == "proportional" else 1)
     assert int(sizes[:, begun:].max()) == (2 if ends == "proportional" else 1)
@@ -276,7 +330,7 @@ def test_a_strategy_with_an_option_of_that_name_is_not_taken_for_it():
 
     with attach(model_of(), Mine()):
         out = model_of().generate(**one_video(), **OPTIONS)
-    assert cache_of(out)._tokenfuse_turn.sizes is None
+    assert cache_of(out)._tokenfuse_turn.shares is None
 
 
 def test_a_part_of_a_chain_cannot_say_how_the_whole_is_read():

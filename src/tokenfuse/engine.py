@@ -22,7 +22,7 @@ from tokenfuse.caches import cache_of, filled_length
 from tokenfuse.config import StrategyLike, load_strategy
 from tokenfuse.errors import ConfigError, PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
-from tokenfuse.proportional import refuse_fused_kernels
+from tokenfuse.proportional import Shares, refuse_fused_kernels
 from tokenfuse.realign import PaddingSide
 from tokenfuse.registry import Registry, registry
 from tokenfuse.report import ItemReport, Report, kv_cache_bytes, prefill_flops, versions
@@ -44,8 +44,8 @@ class CompressedInputs(dict[str, Any]):
     report: Report
     plans: dict[Modality, list[FusionPlan]]
     columns: Tensor
-    sizes: Tensor | None = None
-    """Tokens that each stands for, ``(B, L')``, where attention is to be proportional to them."""
+    shares: Shares | None = None
+    """Which tokens each stands for, where attention is to be proportional to their number."""
 
 
 def compress(
@@ -128,7 +128,9 @@ def compress_with(
     rest = {name: value for name, value in inputs.items() if name not in read}
     short = CompressedInputs({**rest, **prompt, "mm_encoder_outputs": fused})
     short.plans, short.columns = plans, new.columns
-    short.sizes = sizes_of(adapter, inputs, encoded, plans, strategy, new.columns)
+    if strategy.attention == "proportional":
+        owners, since = adapter.owners(inputs, encoded, plans), adapter.seen_from(inputs)
+        short.shares = Shares.of(owners, since, new.columns, new.valid)
     after = new.valid.sum(-1)
     before = after + new.removed
     short.report = report_on(
@@ -277,21 +279,6 @@ def fuse_all(
             fuse = FusionPlan.fuse if by is None else by.fuse
             fused[part.modality] = adapter.fuse(part, plans[part.modality], fuse, chosen)
     return fused
-
-
-def sizes_of(
-    adapter: Adapter,
-    inputs: Mapping[str, Any],
-    encoded: Sequence[Encoded],
-    plans: Plans,
-    strategy: Strategy,
-    columns: Tensor,
-) -> Tensor | None:
-    """How many tokens those of the shorter prompt stand for, ``(B, L')``, if that counts."""
-    if strategy.attention != "proportional":
-        return None
-    # Padding may stand in the column of a token that is gone.
-    return adapter.sizes(inputs, encoded, plans).gather(-1, columns).clamp_min(1)
 
 
 def _unchanged(

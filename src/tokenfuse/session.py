@@ -240,7 +240,7 @@ class Session:
             if short.plans:
                 turn = Turn.of(inputs["input_ids"], short)
             inputs = short
-        with proportional_attention(self.model, None if turn is None else turn.sizes):
+        with proportional_attention(self.model, None if turn is None else turn.shares):
             output = original(**inputs)
         values = output if isinstance(output, tuple) else output.values()
         for cache in (value for value in values if filled_length(value)):
@@ -295,7 +295,7 @@ class Session:
         arguments = as_the_caller_means(
             short, prompt, short["input_ids"], self.model.generation_config
         )
-        with proportional_attention(self.model, turn.sizes):
+        with proportional_attention(self.model, turn.shares):
             output = original(**arguments)
         sequences = output if isinstance(output, Tensor) else output.sequences
         times = len(sequences) // len(prompt)

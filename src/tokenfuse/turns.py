@@ -26,11 +26,11 @@ from tokenfuse.engine import (
     fuse_all,
     plan_items,
     report_on,
-    sizes_of,
     wants_of,
 )
 from tokenfuse.errors import PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
+from tokenfuse.proportional import Shares
 from tokenfuse.realign import count_positions, next_position_delta, shorten
 from tokenfuse.registry import Registry
 from tokenfuse.report import attends
@@ -45,8 +45,8 @@ class Turn:
 
     ``seen``: the caller's prompt and all that followed it into the cache. ``columns (B, L')``: the
     caller's column of each token of the short prompt. ``plans``: of all its items. ``since``: the
-    columns at which later turns that showed something began. ``sizes (B, L')``: how many tokens
-    each stands for, where attention is proportional.
+    columns at which later turns that showed something began. ``shares``: which tokens each stands
+    for, where attention is proportional.
     """
 
     length: int
@@ -57,7 +57,7 @@ class Turn:
     columns: Tensor
     plans: Mapping[Modality, list[FusionPlan]]
     since: tuple[int, ...] = ()
-    sizes: Tensor | None = None
+    shares: Shares | None = None
 
     @classmethod
     def of(cls, prompt: Tensor, short: CompressedInputs, since: tuple[int, ...] = ()) -> Turn:
@@ -71,7 +71,7 @@ class Turn:
             columns=short.columns,
             plans=short.plans,
             since=since,
-            sizes=short.sizes,
+            shares=short.shares,
         )
 
     @classmethod
@@ -116,8 +116,8 @@ class Turn:
         }
         # Plans are counted prompt by prompt, which no longer are the caller's.
         positions = self.positions.repeat_interleave(times, -2)
-        sizes = None if self.sizes is None else self.sizes.repeat_interleave(times, 0)
-        return replace(self, **rows, positions=positions, plans={}, sizes=sizes)
+        shares = None if self.shares is None else self.shares.repeat(times)
+        return replace(self, **rows, positions=positions, plans={}, shares=shares)
 
     def extend(self, new: Tensor, given: Tensor | None, total: int) -> tuple[Tensor, Tensor]:
         """Mask and positions when the ``new`` tokens end the caller's ``total`` tokens.
@@ -216,12 +216,15 @@ def show_more(
     rest = {name: value for name, value in inputs.items() if name not in read}
     short = CompressedInputs({**rest, **prompt, "mm_encoder_outputs": fused})
     short.plans, short.columns = plans, columns
-    sizes = sizes_of(adapter, whole, encoded, plans, strategy, columns)
-    if sizes is not None or turn.sizes is not None:
-        # What the cache holds was read by its own sizes, whatever this session's strategy says.
-        sizes = torch.ones_like(columns) if sizes is None else sizes
-        sizes[:, : turn.short.shape[1]] = 1 if turn.sizes is None else turn.sizes
-    short.sizes = sizes
+    if strategy.attention == "proportional" or turn.shares is not None:
+        own = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        once = shares = Shares.of(own, own, columns, valid)
+        if strategy.attention == "proportional":
+            owners = adapter.owners(whole, encoded, plans)
+            shares = Shares.of(owners, adapter.seen_from(whole), columns, valid)
+        # What the cache holds was read by its own shares, whatever this session's strategy says.
+        held_shares = once if turn.shares is None else turn.shares
+        short.shares = shares.after(held_shares, turn.length)
     lengths = mask.sum(-1).tolist(), valid.sum(-1).tolist()
     short.report = report_on(adapter, strategy, encoded, plans, *lengths, watch.read())
     found.observe("tokenfuse_compressed", report=short.report)

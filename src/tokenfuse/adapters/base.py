@@ -22,7 +22,7 @@ from tokenfuse.adapters import layout
 from tokenfuse.adapters.layout import Span, flat
 from tokenfuse.adapters.supply import mismatch, prompt_texts
 from tokenfuse.errors import PromptError, UnsupportedModelError
-from tokenfuse.plan import FusionPlan
+from tokenfuse.plan import DROPPED, FusionPlan
 from tokenfuse.realign import (
     PaddingSide,
     Realigned,
@@ -76,15 +76,16 @@ class Encoded:
             masks.append(mask)
         return torch.cat(masks)
 
-    def sizes(self, plans: Sequence[FusionPlan]) -> Tensor:
-        """How many features each of the tower's stands for, ``(n,)``: 0 where it does not stay."""
-        found = []
+    def owners(self, plans: Sequence[FusionPlan]) -> Tensor:
+        """Which of the tower's features each was fused into, ``(n,)``; -1 where it was dropped."""
+        found, begin = [], 0
         for span, plan in zip(self.spans, plans, strict=True):
-            size = plan.target.new_zeros(plan.num_source).index_copy(0, plan.survivors, plan.sizes)
-            if not span.plain:
-                whole = size.new_ones(span.size)
-                size = whole.index_copy(0, span.tokens(size.device), size)
-            found.append(size)
+            own = torch.arange(begin, begin + span.size, device=plan.target.device)
+            places = span.tokens(own.device)
+            owner = own[places[plan.survivors]][plan.target.clamp_min(0)]
+            owner = torch.where(plan.target == DROPPED, DROPPED, owner)
+            found.append(own.index_copy(0, places, owner))
+            begin += span.size
         return torch.cat(found)
 
 
@@ -412,13 +413,34 @@ class Adapter(ModelAdapter):
             keep = keep.masked_scatter(here, mask)
         return keep
 
-    def sizes(self, inputs: Mapping[str, Any], encoded: Sequence[Encoded], plans: Plans) -> Tensor:
-        """How many tokens of the prompt each survivor stands for, ``(B, L)``: 1 for text."""
-        sizes = torch.ones_like(inputs["input_ids"])
+    def owners(self, inputs: Mapping[str, Any], encoded: Sequence[Encoded], plans: Plans) -> Tensor:
+        """The column of the token that each of a prompt was fused into, ``(B, L)``; -1 if none."""
+        ids = inputs["input_ids"]
+        own = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        owners = own
         for part in encoded:
             here = self.placeholders(inputs, part.modality)
-            sizes = sizes.masked_scatter(here, part.sizes(plans[part.modality]).to(sizes))
-        return sizes
+            features = part.owners(plans[part.modality]).to(own)
+            # The column of each feature, found without a mask's host synchronisation.
+            place = torch.where(here, here.flatten().cumsum(0).view_as(ids) - 1, len(features))
+            columns = own.new_empty(len(features) + 1)
+            columns = columns.scatter(0, place.flatten(), own.flatten())[:-1]
+            owner = torch.where(features == DROPPED, DROPPED, columns[features.clamp_min(0)])
+            owners = owners.masked_scatter(here, owner)
+        return owners
+
+    def seen_from(self, inputs: Mapping[str, Any]) -> Tensor:
+        """The first column of a prompt that sees each of its tokens, ``(B, L)``.
+
+        Itself, where each token sees those before it. Models with ``token_type_ids`` let tokens of
+        one type that follow each other see each other.
+        """
+        ids, types = inputs["input_ids"], inputs.get("token_type_ids")
+        own = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        if types is None:
+            return own
+        starts = torch.cat([torch.ones_like(types[:, :1]), types.diff()], -1) != 0
+        return torch.where(starts, own, 0).cummax(-1).values
 
     def positions(self, inputs: Mapping[str, Any]) -> Tensor:
         """Rope positions of the uncompressed prompt, the caller's or by the model's own method."""

@@ -128,7 +128,7 @@ def compare(
 
 def generate(model: Any, inputs: Mapping[str, Any], max_new_tokens: int) -> tuple[Tensor, Tensor]:
     """The greedy answers' ids ``(B, A)``, and the first token's fp32 logits ``(B, V)``."""
-    with proportional_attention(model, getattr(inputs, "sizes", None)):
+    with proportional_attention(model, getattr(inputs, "shares", None)):
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,

@@ -16,7 +16,7 @@ from tokenfuse.adapters.layout import Span, flat
 from tokenfuse.caches import as_argument, cache_of
 from tokenfuse.engine import CompressedInputs, prompt_adapter
 from tokenfuse.errors import AttachError, PromptError, UnsupportedModelError
-from tokenfuse.plan import FusionPlan, Reduce
+from tokenfuse.plan import DROPPED, FusionPlan, Reduce
 from tokenfuse.registry import Registry, registry
 from tokenfuse.report import attends
 from tokenfuse.strategies.base import Attention, Strategy, Wants
@@ -68,6 +68,18 @@ class Halves(Strategy):
         kept = -(-n // 2)
         index = torch.arange(n, device=tokens.features.device)
         return FusionPlan.from_roots(index[:kept], index % kept)
+
+
+class Spread(Halves):
+    """Fuses every other token into an earlier one, far enough that others stand between them."""
+
+    name: ClassVar[str] = "conformance_spread"
+
+    def plan(self, tokens: VisualTokens) -> FusionPlan:
+        index = torch.arange(tokens.num_tokens, device=tokens.features.device)
+        plan = FusionPlan.from_roots(index[::2], torch.where(index % 2 == 0, index, index // 4 * 2))
+        # Of some nothing is left at all.
+        return FusionPlan(plan.survivors, plan.target.masked_fill(index % 6 == 5, DROPPED))
 
 
 DROPS = {
@@ -212,30 +224,37 @@ class AdapterConformance:
         """The full-length run in which what the plans drop is hidden.
 
         ``since``: the columns at which later turns begin. ``proportional``: what is left is weighed
-        by its size.
+        by the tokens it stands for.
         """
-        hidden = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-        sizes = torch.ones_like(inputs["input_ids"])
+        ids = inputs["input_ids"]
+        hidden = torch.zeros_like(ids, dtype=torch.bool)
+        owner = torch.arange(ids.shape[1]).expand_as(ids)
         adapter = self.adapter_of(model)
         with torch.no_grad():
             encoded = adapter.encode(inputs, image_blocks=self.image_blocks, since=since)
         for part in encoded:
             here = self.placeholders(model, inputs, part.modality)
             hidden = hidden.masked_scatter(here, ~part.keep_mask(plans[part.modality]))
-            sizes = sizes.masked_scatter(here, part.sizes(plans[part.modality]))
-        return self.run(model, inputs, hidden, sizes if proportional else None)
+            column = owner[here]
+            spans = column.split([span.size for span in part.spans])
+            for span, columns, plan in zip(part.spans, spans, plans[part.modality], strict=True):
+                own = columns[span.tokens()]
+                target = own[plan.survivors][plan.target.clamp_min(0)]
+                columns[span.tokens()] = target.masked_fill(plan.target == DROPPED, DROPPED)
+            owner = owner.masked_scatter(here, column)
+        return self.run(model, inputs, hidden, owner if proportional else None)
 
     def run(
         self,
         model: Any,
         inputs: Mapping[str, Any],
         hidden: Tensor,
-        sizes: Tensor | None = None,
+        owner: Tensor | None = None,
     ) -> MaskedRun:
-        """The full-length run in which ``hidden (B, L)`` is hidden, the rest weighed by size."""
+        """The full-length run in which ``hidden (B, L)`` is hidden, and its ``owner`` seen."""
         kind = MaskedRun if _masked(model) else DeletedRun
         never = self.never(model)
-        return kind(model, inputs, hidden, never=never, text_type=self.text_type, sizes=sizes)
+        return kind(model, inputs, hidden, never=never, text_type=self.text_type, owner=owner)
 
     @staticmethod
     def never(model: Any) -> list[int]:
@@ -407,11 +426,11 @@ class AdapterConformance:
     ) -> None:
         """A survivor gets the attention of all it stands for, also while answering, and later."""
         model, inputs = self.model(attention), self.inputs(answered)
-        halves = Halves(reduce="keep", attention="proportional")
-        plans = self.compress(model, inputs, Halves()).plans
+        spread = Spread(reduce="keep", attention="proportional")
+        plans = self.compress(model, inputs, Spread()).plans
         oracle = self.oracle(model, inputs, plans, proportional=True)
         expected, logits = oracle.answer(STEPS)
-        with self.attach(model, halves):
+        with self.attach(model, spread):
             out = self.generate(model, inputs)
             assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], expected)
             self.close(torch.stack(out.logits, 1), logits)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenfuse.adapters.base import PER_TOKEN
-from tokenfuse.proportional import before_attention, proportional_attention
+from tokenfuse.proportional import before_attention
 
 
 class MaskedRun:
@@ -18,9 +18,9 @@ class MaskedRun:
 
     ``inputs`` are the processor's, ``hidden (B, L)`` marks the dropped tokens. Positions are the
     model's own, by the method that ``generate`` asks. ``never`` are ids that no answer holds,
-    ``text_type`` is the token type of an answer. ``sizes (B, L)`` are what proportional attention
-    weighs the tokens by. A hook on each attention of the decoder hides
-    the dropped keys, whatever mask the model makes, so that bidirectional blocks and sliding
+    ``text_type`` is the token type of an answer. ``owner (B, L)``, for proportional attention: the
+    column of the token that each was fused into, or -1. A hook on each attention of the decoder
+    hides the dropped keys, whatever mask the model makes, so that bidirectional blocks and sliding
     windows stay as they are. Every answer reads the whole conversation anew, without a cache.
     """
 
@@ -32,10 +32,10 @@ class MaskedRun:
         *,
         never: Sequence[int] = (),
         text_type: int = 0,
-        sizes: Tensor | None = None,
+        owner: Tensor | None = None,
     ) -> None:
         self.model, self.inputs, self.hidden = model, dict(inputs), hidden
-        self.sizes = sizes
+        self.owner = owner
         self.never, self.text_type = list(never), text_type
 
     @property
@@ -58,8 +58,9 @@ class MaskedRun:
                 new = more.get(name, torch.full_like(ids, self.text_type)).to(old.dtype)
                 self.inputs[name] = torch.cat([old, new], -1)
         self.hidden = torch.cat([self.hidden, torch.zeros_like(ids, dtype=torch.bool)], -1)
-        if self.sizes is not None:
-            self.sizes = torch.cat([self.sizes, torch.ones_like(ids)], -1)
+        if self.owner is not None:
+            own = torch.arange(self.hidden.shape[1]).expand_as(self.hidden)
+            self.owner = torch.cat([self.owner, own[:, self.owner.shape[1] :]], -1)
 
     def positions(self) -> Tensor:
         """The model's own positions for the whole conversation."""
@@ -75,7 +76,7 @@ class MaskedRun:
     @torch.no_grad()
     def logits(self) -> Tensor:
         """Logits ``(B, L, V)``; those of hidden tokens and of padding mean nothing."""
-        with hide(self.model, self.hidden | ~self.real, self.sizes):
+        with hide(self.model, self.hidden | ~self.real, self.owner):
             # The class's own forward, also while the model is attached.
             output = type(self.model).forward(
                 self.model,
@@ -116,8 +117,7 @@ class DeletedRun(MaskedRun):
             if own.ndim == 3 and len(own) == 4:
                 own[0] = torch.arange(own.shape[-1])
             embeds = given["inputs_embeds"][row : row + 1, seen]
-            sizes = None if self.sizes is None else self.sizes[row : row + 1, seen]
-            with proportional_attention(self.model, sizes):
+            with weigh(self.model, self._weight(row)):
                 states = self.model.get_decoder()(
                     inputs_embeds=embeds,
                     position_ids=own,
@@ -130,6 +130,14 @@ class DeletedRun(MaskedRun):
             whole = logits.new_zeros(len(seen), logits.shape[-1])
             rows.append(whole.index_copy(0, seen.nonzero().flatten(), logits))
         return torch.stack(rows)
+
+    def _weight(self, row: int) -> Tensor | None:
+        """What the tokens left of one row weigh to each other, ``(1, 1, M, M)``."""
+        if self.owner is None:
+            return None
+        seen = self.seen[row]
+        every = torch.ones(len(seen), len(seen), dtype=torch.bool).tril()
+        return log_counts(every, self.owner[row : row + 1])[:, :, seen][..., seen]
 
     def _decoder_inputs(self) -> dict[str, Any]:
         caught: dict[str, Any] = {}
@@ -145,11 +153,20 @@ class DeletedRun(MaskedRun):
         return caught
 
 
+def log_counts(visible: Tensor, owner: Tensor) -> Tensor:
+    """Log of how many tokens each stands for to each, ``(B, 1, L, L)``; 0 where it is none.
+
+    ``visible (..., L, L)``: which tokens each would see, had none been fused. ``owner (B, L)``.
+    """
+    owned = owner[:, None, :, None] == torch.arange(owner.shape[1])
+    return (visible.float() @ owned.float()).clamp_min(1).log()
+
+
 @contextmanager
-def hide(model: Any, hidden: Tensor, sizes: Tensor | None = None) -> Iterator[None]:
+def hide(model: Any, hidden: Tensor, owner: Tensor | None = None) -> Iterator[None]:
     """No token of the decoder sees the ``hidden (B, L)`` ones inside the block, but itself.
 
-    It sees the others as often as ``sizes (B, L)`` says.
+    Instead it sees the ``owner (B, L)`` of each that it would have seen once more.
     """
     length = hidden.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
@@ -160,14 +177,37 @@ def hide(model: Any, hidden: Tensor, sizes: Tensor | None = None) -> Iterator[No
         mask = kwargs.get("attention_mask")
         if mask is None:
             mask = causal.expand(len(hidden), 1, -1, -1)
-        if mask.dtype == torch.bool:
-            mask = mask & ~blocked
-            if sizes is None:
-                return args, kwargs | {"attention_mask": mask}
-            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, -1e9)
-        weight = 0.0 if sizes is None else sizes[:, None, None].log().to(mask)
-        lowest = torch.finfo(mask.dtype).min
-        return args, kwargs | {"attention_mask": (mask + weight).masked_fill(blocked, lowest)}
+        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        if owner is None and mask.dtype == torch.bool:
+            return args, kwargs | {"attention_mask": mask & ~blocked}
+        bias = _floats(mask, model.dtype)
+        if owner is not None:
+            bias = bias + log_counts(visible, owner).to(bias)
+        lowest = torch.finfo(bias.dtype).min
+        return args, kwargs | {"attention_mask": bias.masked_fill(blocked, lowest)}
 
     with before_attention(model, hook):
         yield
+
+
+@contextmanager
+def weigh(model: Any, weight: Tensor | None) -> Iterator[None]:
+    """Add ``weight (1, 1, M, M)`` to the logits of a causal decoder's attentions in the block."""
+    if weight is None:
+        yield
+        return
+    causal = torch.ones(weight.shape[-2:], dtype=torch.bool).tril()
+
+    def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = kwargs.get("attention_mask")
+        bias = _floats(causal if mask is None else mask, model.dtype)
+        return args, kwargs | {"attention_mask": bias + weight.to(bias)}
+
+    with before_attention(model, hook):
+        yield
+
+
+def _floats(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -1e9)
