@@ -20,6 +20,7 @@ from tokenfuse.config import KEY
 from tokenfuse.report import versions
 
 NONE = "–"
+BEYOND_CHANCE = 0.01
 
 PAGE = """\
 # Retention
@@ -166,11 +167,12 @@ def _strata(name: str, setting: Setting, model: Summary, plan: Plan) -> str:
         row = [task]
         for motion in plan.motions:
             cost = model.cost(setting.key, in_stratum(task, motion))
-            row.append(_share(cost.retention.value) if cost else NONE)
+            value = _share(cost.retention.value) if cost else NONE
+            row.append(f"**{value}**" if cost and cost.p < BEYOND_CHANCE else value)
         rows.append(row)
     return (
-        f"## {name}, by stratum: {model.model}\n\nRetention, {plan.questions} questions each.\n\n"
-        + _table(["task", *plan.motions], rows)
+        f"## {name}, by stratum: {model.model}\n\nRetention, {plan.questions} questions each; bold "
+        f"where *p* is below {BEYOND_CHANCE}.\n\n" + _table(["task", *plan.motions], rows)
     )
 
 
