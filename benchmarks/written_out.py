@@ -1,11 +1,12 @@
 """What fusing itself costs: ``python benchmarks/written_out.py > docs/results/written-out.md``.
 
 Beside the shorter prompt, the same plan *written out*: a prompt of full length, in which every
-token has the features of the survivor that it was fused into. It holds no more than the shorter one
-does, and its attention and positions are those of the uncompressed prompt.
+token has the features of the survivor that it was fused into.
 """
 
 import argparse
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -28,16 +29,25 @@ SETTINGS = {
     "causal": {"strategy": "ttf", "reference": "previous"} | THIRD,
     "tome": {"strategy": "tome"} | THIRD,
 }
-FORMS = ("short", "proportional", "written out")
+FORMS = ("short", "proportional", "everywhere", "keys written out", "written out")
 PAGE = """\
 # What fusing itself costs
 
-Right answers in per cent, `plain` / `robust`, of three forms of one plan that leaves a third of the
-tokens. *Short*: the survivors alone. *Proportional*: the same with `attention: proportional`.
-*Written out*: as many tokens as without compression, each with the features of the survivor that it
-was fused into. That saves nothing and is no way to use a model; it tells what is lost by fusing
-from what is lost because the prompt is shorter. The questions and the settings are those of
-[Retention](retention/index.md); *all* is the share of all questions.
+Right answers in per cent, `plain` / `robust`, of five forms of one plan that leaves a third of the
+tokens. The questions and the settings are those of [Retention](retention/index.md); *all* is the
+share of all questions.
+
+- *Short*: the survivors alone.
+- *Proportional*: the same with `attention: proportional`.
+- *Everywhere*: that, but all that a survivor stands for counts for every query, also for those that
+  would not have seen it yet.
+- *Keys written out*: each layer sees the keys and values of the survivors in all places of what was
+  fused into them, as many as without compression. What was fused reads nothing itself.
+- *Written out*: as many tokens as without compression, each with the features of the survivor that
+  it was fused into, read in every layer like any other.
+
+The last two save nothing and are no way to use a model. They tell what is lost by fusing from what
+is lost because the prompt is shorter.
 
 {tables}
 ```console
@@ -47,25 +57,49 @@ $ python benchmarks/written_out.py --questions {questions} > docs/results/writte
 
 
 def written_out(adapter, inputs, strategy):
+    """The full-length prompt, and the column that each of its tokens was fused into."""
     encoded = adapter.encode(inputs, {})
     rest = dict(inputs)
-    fused = {}
+    fused, plans = {}, {}
     for part in encoded:
-        plans = plan_items(part, strategy, registry())
+        plans[part.modality] = plan_items(part, strategy, registry())
         fused[part.modality] = adapter.fuse(
-            part, plans, lambda plan, x: plan.expand(strategy.fuse(plan, x))
+            part, plans[part.modality], lambda plan, x: plan.expand(strategy.fuse(plan, x))
         )
         for name in adapter.encoder_inputs(inputs, part.modality):
             del rest[name]
-    return rest | {"mm_encoder_outputs": fused}
+    # Without the grids the model cannot tell where its tokens stand.
+    rest |= {"mm_encoder_outputs": fused, "position_ids": adapter.positions(inputs)}
+    return rest, adapter.owners(inputs, encoded, plans)
 
 
-def prompt(adapter, inputs, config, form):
-    if form == "written out":
-        return written_out(adapter, inputs, load_strategy(config))
-    attention = "proportional" if form == "proportional" else "plain"
+@contextmanager
+def owned(model, owners):
+    """Each layer reads, in every place of the prompt, the state of the token's owner."""
+
+    def hook(_, args):
+        states = args[0]
+        if states.shape[1] == owners.shape[1]:
+            return (states.gather(1, owners[..., None].expand_as(states)), *args[1:])
+        return args
+
+    with ExitStack() as hooks:
+        for layer in model.get_decoder().layers:
+            hooks.enter_context(layer.register_forward_pre_hook(hook))
+        yield
+
+
+def given(model, processor, adapter, inputs, config, form):
+    if form.endswith("written out"):
+        long, owners = written_out(adapter, inputs, load_strategy(config))
+        with owned(model, owners) if form.startswith("keys") else nullcontext():
+            return texts(processor, generate(model, long, LONGEST)[0])
+    attention = "plain" if form == "short" else "proportional"
     strategy = load_strategy(config | {"attention": attention})
-    return compress_with(adapter, inputs, strategy, registry())
+    short = compress_with(adapter, inputs, strategy, registry())
+    if form == "everywhere":
+        short.shares = replace(short.shares, since=torch.zeros_like(short.shares.since))
+    return texts(processor, generate(model, short, LONGEST)[0])
 
 
 def main() -> None:
@@ -86,15 +120,17 @@ def main() -> None:
             ]
             inputs = clip_inputs(processor, clips, [clip.question.text for clip in clips])
             adapter = encoding_once(prompt_adapter(model, registry()))
-            runs = {"uncompressed": inputs} | {
-                (label, form): prompt(adapter, inputs, config, form)
-                for label, config in SETTINGS.items()
-                for form in FORMS
+            answers = {
+                "uncompressed": texts(processor, generate(model, inputs, LONGEST)[0]),
+                **{
+                    (label, form): given(model, processor, adapter, inputs, config, form)
+                    for label, config in SETTINGS.items()
+                    for form in FORMS
+                },
             }
-            for key, short in runs.items():
-                given = texts(processor, generate(model, short, LONGEST)[0])
+            for key, said in answers.items():
                 right[key, model_name, task] = [
-                    a == clip.question.answer for a, clip in zip(given, clips, strict=True)
+                    a == clip.question.answer for a, clip in zip(said, clips, strict=True)
                 ]
 
     def cell(key, *tasks):
