@@ -98,7 +98,8 @@ def given(model, processor, adapter, inputs, config, form):
     strategy = load_strategy(config | {"attention": attention})
     short = compress_with(adapter, inputs, strategy, registry())
     if form == "everywhere":
-        short.shares = replace(short.shares, since=torch.zeros_like(short.shares.since))
+        first = torch.zeros_like(short.shares.first_query)
+        short.shares = replace(short.shares, first_query=first)
     return texts(processor, generate(model, short, LONGEST)[0])
 
 

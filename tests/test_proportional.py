@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LogitsProcessor
 
 import tokenfuse
 from models import AMONG, Halves, batch, build, model_of, one_video, prompt, two_videos, user
+from tokenfuse import proportional
 from tokenfuse.caches import as_argument, cache_of
 from tokenfuse.errors import ConfigError, UnsupportedModelError
 from tokenfuse.proportional import Shares, attention_modules, proportional_attention
@@ -56,7 +57,7 @@ def test_each_query_sees_a_survivor_as_it_would_see_all_it_stands_for(data):
     whole = torch.cat([owner, torch.tensor([n])])[None]
     columns = torch.cat([left, torch.tensor([n])])[None]
     shares = Shares.of(whole, torch.arange(n + 1)[None], columns, torch.ones_like(columns).bool())
-    assert shares.length == len(left) + 1
+    assert shares.num_keys == len(left) + 1
     kept = torch.cat([columns[0], torch.tensor([n + 1])])
     model = OneAttention()
     expected = model(hidden_states=x)[:, kept]
@@ -79,10 +80,6 @@ def test_a_cache_that_slides_leaves_the_weights_of_the_keys_it_still_holds():
         def get_mask_sizes(self, queries, layer):
             return 4, 2
 
-    class Catches(OneAttention):
-        def forward(self, hidden_states, attention_mask=None, past_key_values=None):
-            return attention_mask
-
     owner = torch.tensor([[0, 1, 1, 3, 3, 3, 6, 7]])
     columns = torch.tensor([[0, 1, 3, 6, 7]])
     shares = Shares.of(owner, torch.arange(8)[None], columns, torch.ones_like(columns).bool())
@@ -90,6 +87,50 @@ def test_a_cache_that_slides_leaves_the_weights_of_the_keys_it_still_holds():
     with proportional_attention(model, shares):
         mask = model(hidden_states=torch.zeros(1, 1, 8), past_key_values=Window())
     torch.testing.assert_close(mask.exp(), torch.tensor([[[[3.0, 1, 1, 1]]]]))
+
+
+class Catches(OneAttention):
+    """Gives back the mask that it gets."""
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None):
+        return attention_mask
+
+
+def test_layers_of_two_kinds_in_turn_get_one_mask_each():
+    own = torch.arange(6)[None]
+    shares = Shares.of(own // 2 * 2, own, own[:, ::2], own[:, ::2] >= 0)
+    causal = torch.ones(3, 3, dtype=torch.bool).tril()
+    masks = [causal[None, None], causal.triu(-1)[None, None]]
+    model, states = Catches(), torch.zeros(1, 3, 8)
+    with proportional_attention(model, shares):
+        first, second, *again = (
+            model(hidden_states=states, attention_mask=mask) for mask in [*masks, *masks]
+        )
+    assert first is again[0]
+    assert second is again[1]
+    lowest = torch.finfo(torch.float32).min
+    for found, mask in zip((first, second), masks, strict=True):
+        assert torch.equal(found > lowest / 2, mask)
+    torch.testing.assert_close(first[0, 0].exp(), torch.tensor([[1.0, 0, 0], [2, 1, 0], [2, 2, 1]]))
+
+
+def test_many_queries_are_counted_some_at_a_time(monkeypatch):
+    own = torch.arange(40)[None]
+    shares = Shares.of(own // 4 * 4, own, own[:, ::2], own[:, ::2] >= 0)
+    model, states = Catches(), torch.zeros(1, shares.num_keys, 8)
+    with proportional_attention(model, shares):
+        whole = model(hidden_states=states)
+    monkeypatch.setattr(proportional, "AT_A_TIME", 3)
+    with proportional_attention(model, shares):
+        assert torch.equal(model(hidden_states=states), whole)
+
+
+def test_types_that_the_model_does_not_know_change_nothing():
+    model, inputs = model_of(), one_video()
+    types = torch.zeros_like(inputs["input_ids"])
+    with torch.no_grad(), attach(model):
+        expected = model(**inputs).logits
+        assert torch.equal(model(**inputs, token_type_ids=types).logits, expected)
 
 
 def counted(model, inputs, short):

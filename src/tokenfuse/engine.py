@@ -129,8 +129,8 @@ def compress_with(
     short = CompressedInputs({**rest, **prompt, "mm_encoder_outputs": fused})
     short.plans, short.columns = plans, new.columns
     if strategy.attention == "proportional":
-        owners, since = adapter.owners(inputs, encoded, plans), adapter.seen_from(inputs)
-        short.shares = Shares.of(owners, since, new.columns, new.valid)
+        owners, seen_from = adapter.owners(inputs, encoded, plans), adapter.seen_from(inputs)
+        short.shares = Shares.of(owners, seen_from, new.columns, new.valid)
     after = new.valid.sum(-1)
     before = after + new.removed
     short.report = report_on(

@@ -17,6 +17,9 @@ from tokenfuse.errors import UnsupportedModelError
 TAKES_A_BIAS = ("sdpa", "eager")
 """Attention implementations of transformers that add a mask of floats to their logits."""
 
+AT_A_TIME = 512
+"""Queries whose keys are counted at once."""
+
 GONE = -1
 
 
@@ -25,12 +28,13 @@ class Shares:
     """Which keys of a shorter prompt stand for the ``N`` tokens of the whole one.
 
     ``key (B, N)``: the column of the shorter prompt that each was fused into, or -1.
-    ``since (B, N)``: the first of its columns that would have seen it. ``length``: its columns, M.
+    ``first_query (B, N)``: the first of its columns that would have seen it. ``num_keys``: how many
+    columns it has, M.
     """
 
     key: Int[Tensor, "B N"]
-    since: Int[Tensor, "B N"]
-    length: int
+    first_query: Int[Tensor, "B N"]
+    num_keys: int
 
     @classmethod
     def of(
@@ -45,6 +49,7 @@ class Shares:
         ``owner``: the column of the token that each was fused into, or -1. ``seen_from``: the first
         column that sees each. ``columns``, ``valid``: those that are left, padding marked false.
         """
+        # Padding stands in the column of some token that is gone, whose place it must not take.
         whole, left = owner.shape[1], columns.shape[1]
         slots = torch.arange(left, device=columns.device).expand_as(columns)
         places = columns.new_full((len(columns), whole + 1), left)
@@ -55,16 +60,22 @@ class Shares:
         key = key.gather(-1, torch.where(owner == GONE, whole, owner))
         return cls(key, after.gather(-1, seen_from), left)
 
+    @classmethod
+    def once(cls, tokens: int, columns: Int[Tensor, "B M"], valid: Bool[Tensor, "B M"]) -> Shares:
+        """Those of a whole prompt of so many ``tokens`` where all that are left count once."""
+        own = torch.arange(tokens, device=columns.device).expand(len(columns), -1)
+        return cls.of(own, own, columns, valid)
+
     def after(self, earlier: Shares, tokens: int) -> Shares:
         """These, but for the first ``tokens``, which are as in the prompt that this one goes on."""
         key = torch.cat([earlier.key[:, :tokens], self.key[:, tokens:]], -1)
-        since = torch.cat([earlier.since[:, :tokens], self.since[:, tokens:]], -1)
-        return replace(self, key=key, since=since)
+        first = torch.cat([earlier.first_query[:, :tokens], self.first_query[:, tokens:]], -1)
+        return replace(self, key=key, first_query=first)
 
     def repeat(self, times: int) -> Shares:
         """Those of a batch whose rows were repeated."""
-        key, since = (x.repeat_interleave(times, 0) for x in (self.key, self.since))
-        return replace(self, key=key, since=since)
+        key, first = (x.repeat_interleave(times, 0) for x in (self.key, self.first_query))
+        return replace(self, key=key, first_query=first)
 
     def counts(self, first: int, queries: int) -> Int[Tensor, "B Q M"]:
         """How many tokens each key stands for, as each of ``queries`` columns from ``first`` sees.
@@ -72,12 +83,12 @@ class Shares:
         At least 1.
         """
         # Each token counts from one query on: mark that one, then sum along the queries.
-        row = (self.since - first).clamp(0, queries)
-        column = torch.where(self.key == GONE, self.length, self.key)
-        width = self.length + 1
+        row = (self.first_query - first).clamp(0, queries)
+        column = torch.where(self.key == GONE, self.num_keys, self.key)
+        width = self.num_keys + 1
         marks = row.new_zeros(len(row), (queries + 1) * width, dtype=torch.int32)
         marks.scatter_add_(1, row * width + column, torch.ones_like(row, dtype=torch.int32))
-        seen = marks.view(len(row), queries + 1, width)[:, :queries, : self.length]
+        seen = marks.view(len(row), queries + 1, width)[:, :queries, : self.num_keys]
         return seen.cumsum(1, dtype=torch.int32).clamp_min_(1)
 
 
@@ -159,12 +170,13 @@ class _Bias:
 
     def __init__(self, shares: Shares) -> None:
         self.shares = shares
-        self.whole = shares.counts(shares.length, 1).float().log()
+        self.whole = shares.counts(shares.num_keys, 1).float().log()
         """What they weigh to all that follows the prompt, ``(B, 1, M)``."""
         self.began = False
         self.cache: Any = None
         # All layers of a kind get the same mask, so that it is made once for them.
-        self.last: tuple[Any, tuple[Any, ...], Tensor] | None = None
+        self.made: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
+        self.step: tuple[int, int] | None = None
 
     def __call__(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
@@ -176,32 +188,48 @@ class _Bias:
             # Another prompt, of guidance or of another thread.
             return args, kwargs
         states = args[0] if args else kwargs["hidden_states"]
-        mask, length = kwargs.get("attention_mask"), states.shape[1]
-        past, width, first = 0, length, 0
+        mask, queries = kwargs.get("attention_mask"), states.shape[1]
+        past, width, first = 0, queries, 0
         if cache is not None:
             past = int(cache.get_seq_length(module.layer_idx))
-            width, first = cache.get_mask_sizes(length, module.layer_idx)
-        known = (length, past, width, first, states.dtype, states.device)
-        if self.last is None or self.last[0] is not mask or self.last[1] != known:
-            if mask is None:
-                # What sdpa does of its own accord where there is no mask.
-                mask = torch.ones(length, width, dtype=torch.bool, device=states.device)
-                mask = mask.tril(past - first)
-            weight = self._weight(past, length)[..., first : first + mask.shape[-1]]
-            self.last = (kwargs.get("attention_mask"), known, _add(mask, weight, states))
-        return args, kwargs | {"attention_mask": self.last[2]}
+            width, first = cache.get_mask_sizes(queries, module.layer_idx)
+        if self.step != (past, queries):
+            self.step, self.made = (past, queries), {}
+        kind = (id(mask), width, first, states.dtype, states.device)
+        if kind not in self.made or self.made[kind][0] is not mask:
+            self.made[kind] = (mask, self._biased(mask, past, width, first, states))
+        return args, kwargs | {"attention_mask": self.made[kind][1]}
 
-    def _weight(self, past: int, length: int) -> Tensor:
-        """What the keys weigh to ``length`` queries after ``past`` others, ``(B, Q or 1, M)``."""
-        if past >= self.shares.length:
+    def _biased(
+        self, mask: Tensor | None, past: int, width: int, first: int, states: Tensor
+    ) -> Tensor:
+        """The mask ``(..., L, W)`` as floats, with what its keys from ``first`` on weigh."""
+        queries = states.shape[1]
+        if mask is None:
+            # What sdpa does of its own accord where there is no mask.
+            mask = torch.ones(queries, width, dtype=torch.bool, device=states.device)
+            mask = mask.tril(past - first)
+        # Some at a time: counting takes several numbers for each query and key.
+        parts = []
+        for start in range(0, queries, AT_A_TIME):
+            part = mask[..., start : start + AT_A_TIME, :]
+            weight = self._weight(past + start, part.shape[-2])
+            parts.append(_add(part, weight[..., first : first + part.shape[-1]], states))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+    def _weight(self, past: int, queries: int) -> Tensor:
+        """What the keys weigh to ``queries`` after ``past`` others, ``(B, Q or 1, M)``."""
+        if past >= self.shares.num_keys:
             return self.whole
-        return self.shares.counts(past, length).float().log_()
+        return self.shares.counts(past, queries).float().log_()
 
 
 def _add(mask: Tensor, weight: Tensor, like: Tensor) -> Tensor:
-    """``mask (..., L, W)`` as floats, with the weights of its first keys added."""
-    bias = nn.functional.pad(weight, (0, mask.shape[-1] - weight.shape[-1]))
-    bias = bias.repeat_interleave(len(like) // len(bias), 0)[:, None].to(like)
+    """``mask (..., Q, W)`` as floats, with the weights of its first keys added."""
+    weight = weight.to(like)
+    if len(like) != len(weight):
+        weight = weight.repeat_interleave(len(like) // len(weight), 0)
+    bias = nn.functional.pad(weight, (0, mask.shape[-1] - weight.shape[-1]))[:, None]
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, torch.finfo(like.dtype).min)
     return mask + bias

@@ -217,14 +217,12 @@ def show_more(
     short = CompressedInputs({**rest, **prompt, "mm_encoder_outputs": fused})
     short.plans, short.columns = plans, columns
     if strategy.attention == "proportional" or turn.shares is not None:
-        own = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        once = shares = Shares.of(own, own, columns, valid)
+        once = shares = Shares.once(ids.shape[1], columns, valid)
         if strategy.attention == "proportional":
-            owners = adapter.owners(whole, encoded, plans)
-            shares = Shares.of(owners, adapter.seen_from(whole), columns, valid)
+            owners, seen_from = adapter.owners(whole, encoded, plans), adapter.seen_from(whole)
+            shares = Shares.of(owners, seen_from, columns, valid)
         # What the cache holds was read by its own shares, whatever this session's strategy says.
-        held_shares = once if turn.shares is None else turn.shares
-        short.shares = shares.after(held_shares, turn.length)
+        short.shares = shares.after(turn.shares or once, turn.length)
     lengths = mask.sum(-1).tolist(), valid.sum(-1).tolist()
     short.report = report_on(adapter, strategy, encoded, plans, *lengths, watch.read())
     found.observe("tokenfuse_compressed", report=short.report)

@@ -432,12 +432,14 @@ class Adapter(ModelAdapter):
     def seen_from(self, inputs: Mapping[str, Any]) -> Tensor:
         """The first column of a prompt that sees each of its tokens, ``(B, L)``.
 
-        Itself, where each token sees those before it. Models with ``token_type_ids`` let tokens of
-        one type that follow each other see each other.
+        Itself, where each token sees those before it. Models that know ``token_type_ids`` let
+        tokens of one type that follow each other see each other. Override it for others in which
+        visual tokens see what comes after them.
         """
         ids, types = inputs["input_ids"], inputs.get("token_type_ids")
         own = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        if types is None:
+        known = inspect.signature(type(self.model).forward).parameters
+        if types is None or "token_type_ids" not in known:
             return own
         starts = torch.cat([torch.ones_like(types[:, :1]), types.diff()], -1) != 0
         return torch.where(starts, own, 0).cummax(-1).values

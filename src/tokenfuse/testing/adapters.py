@@ -593,13 +593,24 @@ class AdapterConformance:
         kind = self.modalities[-1]
         self.converse([[[("text", 1), ("text", 2)]], [[("text", 6), (kind, 4), ("text", 7)]]])
 
-    def converse(self, turns: Sequence[list[list[Part]]]) -> None:
+    def test_later_turns_count_what_their_survivors_stand_for(self) -> None:
+        """Proportional attention in turns of prompts that lose unequally many tokens."""
+        kind = self.modalities[-1]
+        turns: list[list[list[Part]]] = [
+            [[("text", 1), (kind, 0), ("text", 2)], [("text", 3), (kind, 1), ("text", 4)]],
+            [[("text", 6), (kind, 4), ("text", 7)], [("text", 8), (kind, 5), ("text", 9)]],
+        ]
+        self.converse(turns, Spread(reduce="keep", attention="proportional"))
+        self.converse([turn[:1] for turn in turns], Halves(reduce="keep", attention="proportional"))
+
+    def converse(self, turns: Sequence[list[list[Part]]], strategy: Strategy = HALF) -> None:
         """Hold every answer of a conversation against the oracle; a turn is a part of every row."""
         model = self.model(self.attentions[0])
         shown: list[list[Part]] = [[] for _ in turns[0]]
         whole: dict[str, Any] = {}
         since: list[int] = []
-        with self.attach(model) as session:
+        proportional = strategy.attention == "proportional"
+        with self.attach(model, strategy) as session:
             for number, turn in enumerate(turns):
                 rows = [a + b for a, b in zip(shown, turn, strict=True)]
                 if number == 0:
@@ -622,15 +633,15 @@ class AdapterConformance:
                         pytest.skip(str(error))
                     assert session.report.tokens_after < session.report.tokens_before
                     with torch.no_grad():
-                        plans = self.plans_of_turns(model, turns[: number + 1])
-                    oracle = self.oracle(model, whole, plans, since)
+                        plans = self.plans_of_turns(model, turns[: number + 1], strategy)
+                    oracle = self.oracle(model, whole, plans, since, proportional)
                     expected, logits = oracle.answer(STEPS)
                     assert torch.equal(out.sequences[:, whole["input_ids"].shape[1] :], expected)
                     self.close(torch.stack(out.logits, 1), logits)
                 shown = rows
 
     def plans_of_turns(
-        self, model: Any, turns: Sequence[list[list[Part]]]
+        self, model: Any, turns: Sequence[list[list[Part]]], strategy: Strategy
     ) -> dict[Modality, list[FusionPlan]]:
         """The plans of all items of a conversation, row by row, each turn's by itself."""
         merged: dict[Modality, list[FusionPlan]] = {}
@@ -641,7 +652,7 @@ class AdapterConformance:
                 # What its class compresses by itself, also while the model is attached.
                 found = self.adapter_of(model).encode(inputs, image_blocks=self.image_blocks)
                 for part in found:
-                    plans = [HALF.plan(tokens) for tokens in part.items]
+                    plans = [strategy.plan(tokens) for tokens in part.items]
                     merged.setdefault(part.modality, []).extend(plans)
         self.adapter_of(model).set_position_delta(delta)
         return merged
