@@ -52,7 +52,7 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
 for family in FAMILIES.values():
     found = kit(family, **OPTIONS.get(family.name, {}))
     globals()[found.__name__] = found
-for name in ("internvl", "smolvlm", "gemma3"):
+for name in ("internvl", "smolvlm"):
     # These models are shown a video as images.
     found = kit(FAMILIES[name], **FRAMES, image_blocks="frames")
     found.__name__ = f"Test_{name}_frames"

@@ -174,7 +174,8 @@ class _Bias:
         """What they weigh to all that follows the prompt, ``(B, 1, M)``."""
         self.began = False
         self.cache: Any = None
-        # All layers of a kind get the same mask, so that it is made once for them.
+        # All layers of a kind get the same mask, so that it is made once for them. While the mask
+        # is held here, its id is nobody else's.
         self.made: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
         self.step: tuple[int, int] | None = None
 
@@ -196,7 +197,7 @@ class _Bias:
         if self.step != (past, queries):
             self.step, self.made = (past, queries), {}
         kind = (id(mask), width, first, states.dtype, states.device)
-        if kind not in self.made or self.made[kind][0] is not mask:
+        if kind not in self.made:
             self.made[kind] = (mask, self._biased(mask, past, width, first, states))
         return args, kwargs | {"attention_mask": self.made[kind][1]}
 

@@ -17,6 +17,7 @@ from tokenfuse.caches import as_argument, cache_of
 from tokenfuse.engine import CompressedInputs, prompt_adapter
 from tokenfuse.errors import AttachError, PromptError, UnsupportedModelError
 from tokenfuse.plan import DROPPED, FusionPlan, Reduce
+from tokenfuse.proportional import before_attention
 from tokenfuse.registry import Registry, registry
 from tokenfuse.report import attends
 from tokenfuse.strategies.base import Attention, Strategy, Wants
@@ -420,6 +421,32 @@ class AdapterConformance:
         out = self.generate(model, short)
         assert torch.equal(out.sequences[:, short["input_ids"].shape[1] :], tokens)
         self.close(torch.stack(out.logits, 1), logits)
+
+    def test_seen_from_is_what_the_models_own_mask_says(self, case: str) -> None:
+        """The first token that sees a visual one is told as the decoder's attention has it."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(case)
+        masks: list[Tensor | None] = []
+
+        def catch(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            masks.append(kwargs.get("attention_mask"))
+
+        with torch.no_grad(), before_attention(model, catch):
+            model(**inputs, use_cache=False)
+        real = inputs["attention_mask"].bool()
+        visible = real[:, :, None] & real[:, None]
+        if masks[0] is None:
+            visible = visible.tril()
+        elif masks[0].dtype == torch.bool:
+            visible &= masks[0][:, 0]
+        else:
+            visible &= masks[0][:, 0] > torch.finfo(masks[0].dtype).min / 2
+        first = visible.to(torch.uint8).argmax(1)
+        # Padding sees nothing.
+        begin = real.to(torch.uint8).argmax(-1, keepdim=True)
+        told = self.adapter_of(model).seen_from(inputs).maximum(begin)
+        for modality in self.modalities:
+            here = self.placeholders(model, inputs, modality) & real
+            assert torch.equal(told[here], first[here])
 
     def test_proportional_attention_equals_the_weighed_run(
         self, attention: str, answered: str
