@@ -103,6 +103,7 @@ def given(model, processor, adapter, inputs, config, form):
     return texts(processor, generate(model, short, LONGEST)[0])
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--questions", type=int, default=10, help="questions per stratum")
