@@ -144,7 +144,7 @@ def _sweep(name: str, points: Sequence[Setting], models: Sequence[Summary]) -> s
                     _share(cost.removed),
                     _share(cost.after),
                     f"{_share(cost.retention.value)} {_bounds(cost.retention)}",
-                    f"{cost.p:.1g}",
+                    f"{cost.p:.1g}" if cost.p else "< 1e-300",
                     *(_share(g.retention.value) if g else NONE for g in groups),
                     f"{worst} {_share(by[worst])}",
                 ]
