@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from tokenfuse.caches import cache_of
 from tokenfuse.errors import UnsupportedModelError
+from tokenfuse.plan import DROPPED
 
 TAKES_A_BIAS = ("sdpa", "eager")
 """Attention implementations of transformers that add a mask of floats to their logits."""
 
 AT_A_TIME = 512
 """Queries whose keys are counted at once."""
-
-GONE = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +55,8 @@ class Shares:
         places = places.scatter(1, torch.where(valid, columns, whole), slots)[:, :whole]
         # The place of a token that is gone is that of the next one that is left.
         after = places.flip(-1).cummin(-1).values.flip(-1)
-        key = nn.functional.pad(places.masked_fill(places == left, GONE), (0, 1), value=GONE)
-        key = key.gather(-1, torch.where(owner == GONE, whole, owner))
+        key = nn.functional.pad(places.masked_fill(places == left, DROPPED), (0, 1), value=DROPPED)
+        key = key.gather(-1, torch.where(owner == DROPPED, whole, owner))
         return cls(key, after.gather(-1, seen_from), left)
 
     @classmethod
@@ -84,7 +83,7 @@ class Shares:
         """
         # Each token counts from one query on: mark that one, then sum along the queries.
         row = (self.first_query - first).clamp(0, queries)
-        column = torch.where(self.key == GONE, self.num_keys, self.key)
+        column = torch.where(self.key == DROPPED, self.num_keys, self.key)
         width = self.num_keys + 1
         marks = row.new_zeros(len(row), (queries + 1) * width, dtype=torch.int32)
         marks.scatter_add_(1, row * width + column, torch.ones_like(row, dtype=torch.int32))
@@ -210,6 +209,7 @@ class _Bias:
             # What sdpa does of its own accord where there is no mask.
             mask = torch.ones(queries, width, dtype=torch.bool, device=states.device)
             mask = mask.tril(past - first)
+        mask = mask.expand(*mask.shape[:-2], queries, mask.shape[-1])
         # Some at a time: counting takes several numbers for each query and key.
         parts = []
         for start in range(0, queries, AT_A_TIME):
