@@ -103,16 +103,19 @@ def test_two_runs_gave_equal_answers_to_the_questions_that_both_asked(model):
     assert differ <= 7
 
 
-def test_a_slice_asked_again_gives_the_committed_answers(model, tmp_path):
+@pytest.mark.parametrize("task", ["vanish", "count"])
+def test_a_slice_asked_again_gives_the_committed_answers(model, task, tmp_path):
     held = records("retention", model)
-    plan = PLANS["retention"].model_copy(update={"tasks": ["vanish"]})
-    chosen = [s for s in settings(plan, registry()) if {"published", "causal"} & s.where.keys()]
-    assert len(chosen) == 2
+    plan = PLANS["retention"].model_copy(update={"tasks": [task]})
+    sweeps = {"published", "attention-causal"}
+    chosen = [s for s in settings(plan, registry()) if sweeps & s.where.keys()]
+    assert [s.strategy.attention for s in chosen] == ["plain", "plain", "proportional"]
     again = Records(tmp_path / f"{model}.jsonl")
     ask(model, INSTRUMENTS[model], plan, chosen, again, lambda *_: None)
-    assert again.clips["vanish"] == held.clips["vanish"]
-    for key in (UNCOMPRESSED, BLIND, UNDECIDED, *(s.key for s in chosen)):
-        ours, theirs = again.answers["vanish", key], held.answers["vanish", key]
+    assert again.clips[task] == held.clips[task]
+    checks = [UNDECIDED] if task in SUBTLE else []
+    for key in (UNCOMPRESSED, BLIND, *checks, *(s.key for s in chosen)):
+        ours, theirs = again.answers[task, key], held.answers[task, key]
         assert sum(ours.tokens.values()) == pytest.approx(sum(theirs.tokens.values()), rel=0.01)
         pairs = zip("".join(ours.right.values()), "".join(theirs.right.values()), strict=True)
         # Another processor may round a logit the other way.
