@@ -28,9 +28,9 @@ LOWEST := $(VENV)/lowest
 test-lowest: $(VENV)/.installed-test ## run the adapters' tests on the oldest transformers
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(LOWEST) \
 	    transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).0
-	PYTHONPATH=$(LOWEST) $(BIN)/python -m pytest tests/test_adapters.py tests/test_oracle.py \
-	    tests/test_prompts.py tests/test_attach.py tests/test_llava.py tests/test_saliency.py \
-	    --deselect tests/test_attach.py::test_a_stock_pipeline_gives_the_text_of_compress_and_generate \
+	PYTHONPATH=$(LOWEST) $(BIN)/python -m pytest tests/adapters/test_conformance.py tests/adapters/test_oracle.py \
+	    tests/prompt/test_prompts.py tests/sessions/test_attach.py tests/adapters/test_llava.py tests/adapters/test_saliency.py \
+	    --deselect tests/sessions/test_attach.py::test_a_stock_pipeline_gives_the_text_of_compress_and_generate \
 	    $(ARGS)
 
 lint: $(VENV)/.installed-dev ## check format, lint and types

@@ -9,14 +9,14 @@ import argparse
 import numpy as np
 import torch
 
-from tokenfuse import load_strategy
-from tokenfuse.engine import prompt_adapter
-from tokenfuse.inference import load
+from tokenfuse import get_strategy
+from tokenfuse.compression import prompt_adapter
+from tokenfuse.inference.run import load
 from tokenfuse.micro import INSTRUMENTS
 from tokenfuse.micro.evaluate import clip_inputs
 from tokenfuse.micro.questions import SUBTLE
 from tokenfuse.micro.strata import STRATA, make_stratum_clip
-from tokenfuse.registry import registry
+from tokenfuse.registry import default_registry
 
 PUBLISHED = {"strategy": "ttf", "anchor": "auto", "segments": "single", "guard": "none"}
 SETTINGS = {
@@ -62,9 +62,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, processor = load(INSTRUMENTS["plain"])
-    adapter = prompt_adapter(model, registry())
+    adapter = prompt_adapter(model, default_registry())
     chosen = {
-        name: load_strategy({**config, "keep_ratio": args.keep_ratio})
+        name: get_strategy({**config, "keep_ratio": args.keep_ratio})
         for name, config in SETTINGS.items()
     }
     lines = [

@@ -9,16 +9,16 @@ import argparse
 import numpy as np
 import torch
 
-from tokenfuse import load_strategy
+from tokenfuse import get_strategy
 from tokenfuse.bench.compare import generate
 from tokenfuse.bench.micro import LONGEST, texts
-from tokenfuse.engine import compress_with, prompt_adapter
-from tokenfuse.inference import load
+from tokenfuse.compression import compress_with, prompt_adapter
+from tokenfuse.inference.run import load
 from tokenfuse.micro import INSTRUMENTS
 from tokenfuse.micro.evaluate import clip_inputs
 from tokenfuse.micro.motion import MOTIONS
 from tokenfuse.micro.strata import STRATA, make_stratum_clip
-from tokenfuse.registry import registry
+from tokenfuse.registry import default_registry
 
 PUBLISHED = {"strategy": "ttf", "anchor": "auto", "segments": "single", "guard": "none"}
 SETTINGS = {
@@ -82,13 +82,13 @@ def main() -> None:
     for name, folder in INSTRUMENTS.items():
         model, processor = load(folder)
         processor.tokenizer.padding_side = "left"
-        adapter = prompt_adapter(model, registry())
+        adapter = prompt_adapter(model, default_registry())
         for clips in batches:
             inputs = clip_inputs(processor, clips, [clip.question.text for clip in clips])
             for label, config in SETTINGS.items():
                 short = inputs
                 if config is not None:
-                    short = compress_with(adapter, inputs, load_strategy(config), registry())
+                    short = compress_with(adapter, inputs, get_strategy(config), default_registry())
                 given = texts(processor, generate(model, short, LONGEST)[0])
                 found.setdefault((label, name), []).extend(
                     a == clip.question.answer for a, clip in zip(given, clips, strict=True)

@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from tokenfuse import VisualTokens, strategy
+from tokenfuse import VisualTokens, get_strategy
 
 GRID, WIDTH = (16, 16, 16), 4096
 
@@ -42,10 +42,10 @@ def main() -> None:
     tokens = VisualTokens.from_grid(frames, GRID)
     jobs = {
         "one read, features.sum()": tokens.features.sum,
-        "ttf threshold=0.7": partial(strategy("ttf", guard="none").plan, tokens),
-        "ttf keep_ratio=0.33": partial(strategy("ttf", keep_ratio=0.33).plan, tokens),
-        "ttf threshold=0.7 guard=motion": partial(strategy("ttf", guard="motion").plan, tokens),
-        "ttf reference=previous": partial(strategy("ttf", reference="previous").plan, tokens),
+        "ttf threshold=0.7": partial(get_strategy("ttf", guard="none").plan, tokens),
+        "ttf keep_ratio=0.33": partial(get_strategy("ttf", keep_ratio=0.33).plan, tokens),
+        "ttf threshold=0.7 guard=motion": partial(get_strategy("ttf", guard="motion").plan, tokens),
+        "ttf reference=previous": partial(get_strategy("ttf", reference="previous").plan, tokens),
         "loop over 9 shifts, no plan": partial(shift_loop, frames),
     }
     times = {name: [] for name in jobs}

@@ -9,18 +9,18 @@ import argparse
 import numpy as np
 import torch
 
-from tokenfuse import load_strategy
+from tokenfuse import get_strategy
 from tokenfuse.bench.compare import generate
 from tokenfuse.bench.micro import LONGEST, texts
 from tokenfuse.bench.retention.summary import COUNTED
-from tokenfuse.engine import compress_with, prompt_adapter
-from tokenfuse.inference import load
+from tokenfuse.compression import compress_with, prompt_adapter
+from tokenfuse.inference.run import load
 from tokenfuse.micro import INSTRUMENTS
 from tokenfuse.micro.evaluate import clip_inputs
 from tokenfuse.micro.motion import MOTIONS
 from tokenfuse.micro.questions import SUBTLE
 from tokenfuse.micro.strata import STRATA, Stratum, make_stratum_clip
-from tokenfuse.registry import registry
+from tokenfuse.registry import default_registry
 
 SIZES = {
     "hue": (15, 30, 60, 120),
@@ -57,7 +57,7 @@ $ python benchmarks/sizes.py --clips {clips} > docs/results/sizes.md
 def right(model, processor, adapter, clips, inputs, config):
     short = inputs
     if config is not None:
-        short = compress_with(adapter, inputs, load_strategy(config), registry())
+        short = compress_with(adapter, inputs, get_strategy(config), default_registry())
     ids, _ = generate(model, short, LONGEST)
     given = texts(processor, ids)
     return np.mean([a == clip.question.answer for a, clip in zip(given, clips, strict=True)])
@@ -72,7 +72,7 @@ def main() -> None:
     for name, folder in INSTRUMENTS.items():
         model, processor = load(folder)
         processor.tokenizer.padding_side = "left"
-        models[name] = model, processor, prompt_adapter(model, registry())
+        models[name] = model, processor, prompt_adapter(model, default_registry())
     lines = [
         f"| task | size | uncompressed | {' | '.join(SETTINGS)} |",
         "| --- | ---: |" + " ---: |" * (1 + len(SETTINGS)),

@@ -10,16 +10,16 @@ from dataclasses import replace
 
 import torch
 
-from tokenfuse import load_strategy
+from tokenfuse import get_strategy
 from tokenfuse.bench.compare import generate
 from tokenfuse.bench.micro import LONGEST, encoding_once, texts
 from tokenfuse.bench.retention.plan import Plan
-from tokenfuse.engine import compress_with, plan_items, prompt_adapter
-from tokenfuse.inference import load
+from tokenfuse.compression import compress_with, plan_items, prompt_adapter
+from tokenfuse.inference.run import load
 from tokenfuse.micro import INSTRUMENTS
 from tokenfuse.micro.evaluate import clip_inputs
 from tokenfuse.micro.strata import make_stratum_clip
-from tokenfuse.registry import registry
+from tokenfuse.registry import default_registry
 
 THIRD = {"keep_ratio": 0.33}
 PUBLISHED = {"strategy": "ttf", "anchor": "auto", "segments": "single", "guard": "none"}
@@ -62,7 +62,7 @@ def written_out(adapter, inputs, strategy):
     rest = dict(inputs)
     fused, plans = {}, {}
     for part in encoded:
-        plans[part.modality] = plan_items(part, strategy, registry())
+        plans[part.modality] = plan_items(part, strategy, default_registry())
         fused[part.modality] = adapter.fuse(
             part, plans[part.modality], lambda plan, x: plan.expand(strategy.fuse(plan, x))
         )
@@ -91,12 +91,12 @@ def owned(model, owners):
 
 def given(model, processor, adapter, inputs, config, form):
     if form.endswith("written out"):
-        long, owners = written_out(adapter, inputs, load_strategy(config))
+        long, owners = written_out(adapter, inputs, get_strategy(config))
         with owned(model, owners) if form.startswith("keys") else nullcontext():
             return texts(processor, generate(model, long, LONGEST)[0])
     attention = "plain" if form == "short" else "proportional"
-    strategy = load_strategy(config | {"attention": attention})
-    short = compress_with(adapter, inputs, strategy, registry())
+    strategy = get_strategy(config | {"attention": attention})
+    short = compress_with(adapter, inputs, strategy, default_registry())
     if form == "everywhere":
         first = torch.zeros_like(short.shares.first_query)
         short.shares = replace(short.shares, first_query=first)
@@ -121,7 +121,7 @@ def main() -> None:
                 for seed in plan.seeds(stratum)
             ]
             inputs = clip_inputs(processor, clips, [clip.question.text for clip in clips])
-            adapter = encoding_once(prompt_adapter(model, registry()))
+            adapter = encoding_once(prompt_adapter(model, default_registry()))
             answers = {
                 "uncompressed": texts(processor, generate(model, inputs, LONGEST)[0]),
                 **{

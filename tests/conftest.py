@@ -18,7 +18,8 @@ settings.register_profile(
 )
 settings.load_profile("tokenfuse")
 
-torch.set_num_threads(2)
+# One thread for each worker of xdist: the tensors are tiny.
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):

@@ -219,11 +219,11 @@ HALF = drop(0.5)
 
 
 def compress(model, inputs, strategy=HALF):
-    return tokenfuse.compress(model, inputs, strategy, among=AMONG)
+    return tokenfuse.compress(model, inputs, strategy, registry=AMONG)
 
 
 def attach(model, strategy=HALF):
-    return tokenfuse.attach(model, strategy, among=AMONG)
+    return tokenfuse.attach(model, strategy, registry=AMONG)
 
 
 def visual_ids():

@@ -1,4 +1,6 @@
-"""What the conformance kit found, as a file: ``pytest tests/test_adapters.py --record FILE``.
+"""What the conformance kit found, as a file.
+
+``pytest tests/adapters/test_conformance.py --record FILE``.
 
 Each class of the kit becomes an entry: what its model is, and how many tests passed. Entries of
 other versions of transformers stay in the file, so that one file holds several.
@@ -54,7 +56,7 @@ def facts(cls):
         "model": type(model).__name__,
         "adapter": adapter.name,
         "modalities": list(kit.modalities),
-        "image_blocks": kit.image_blocks,
+        "frames_as_images": kit.frames_as_images,
         "attention": list(kit.attentions),
         "rope": "1-D" if positions.ndim == 2 else f"M-RoPE, {len(positions)} rows",
         "deepstack": any(getattr(x, "deepstack_features", None) is not None for x in outputs),

@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 from pydantic import BaseModel
 
-from tokenfuse import FusionPlan, Strategy, VisualTokens, hookimpl, load_strategy, strategy
+from tokenfuse import FusionPlan, Strategy, VisualTokens, get_strategy, hookimpl
 from tokenfuse.config import json_schema, presets
 from tokenfuse.errors import ConfigError, UnknownNameError
 from tokenfuse.registry import Registry
@@ -59,7 +59,7 @@ def refusal(write):
 
     def refusal(text, kind=ConfigError):
         with pytest.raises(ConfigError) as caught:
-            load_strategy(write(text))
+            get_strategy(write(text))
         assert type(caught.value) is kind
         return str(caught.value)
 
@@ -82,48 +82,48 @@ def test_every_form_loads_with_and_without_overrides(form, overrides, write):
         "instance": TTF(threshold=0.9),
     }[form]
     expected = TTF(threshold=0.7 if form == "name" else 0.9, **(overrides or {}))
-    assert load_strategy(source, overrides) == expected
+    assert get_strategy(source, **overrides) == expected
 
 
 def test_a_strategy_by_name_takes_its_options():
-    assert strategy("ttf", keep_ratio=0.5, window=5) == TTF(keep_ratio=0.5, window=5)
+    assert get_strategy("ttf", keep_ratio=0.5, window=5) == TTF(keep_ratio=0.5, window=5)
     with pytest.raises(ConfigError, match=r'unknown key windw of ttf: did you mean "window"\?'):
-        strategy("ttf", windw=5)
+        get_strategy("ttf", windw=5)
 
 
 def test_an_instance_comes_back_itself():
     mine = TTF()
-    assert load_strategy(mine) is mine
+    assert get_strategy(mine) is mine
 
 
 def test_an_instance_need_not_be_registered_to_be_overridden():
-    changed = load_strategy(Stranger(limits=Limits(least=4)), {"share": 0.25})
+    changed = get_strategy(Stranger(limits=Limits(least=4)), share=0.25)
     assert changed == Stranger(share=0.25, limits=Limits(least=4))
 
 
 def test_loading_changes_neither_the_mapping_nor_the_overrides():
     source, overrides = {"strategy": "ttf", "window": 5}, {"threshold": 0.5}
-    load_strategy(source, overrides)
+    get_strategy(source, **overrides)
     assert source == {"strategy": "ttf", "window": 5}
     assert overrides == {"threshold": 0.5}
 
 
 def test_an_override_may_name_another_strategy():
     among = Registry([Brought()], installed=False)
-    assert load_strategy("ttf", {"strategy": "stranger"}, among=among) == Stranger()
+    assert get_strategy("ttf", strategy="stranger", registry=among) == Stranger()
     with pytest.raises(ConfigError, match="unknown key threshold of stranger"):
-        load_strategy(TTF(), {"strategy": "stranger"}, among=among)
+        get_strategy(TTF(), strategy="stranger", registry=among)
 
 
 def test_a_file_may_have_any_name_and_any_encoding_of_yaml(tmp_path):
     path = tmp_path / "settings"
     path.write_bytes("strategy: ttf\nthreshold: 0.9 # größer\n".encode("utf-16"))
-    assert load_strategy(path) == TTF(threshold=0.9)
-    assert load_strategy(str(path)) == TTF(threshold=0.9)
+    assert get_strategy(path) == TTF(threshold=0.9)
+    assert get_strategy(str(path)) == TTF(threshold=0.9)
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(write):
-    assert load_strategy(write("strategy: ttf\nthreshold: 9e-1")).threshold == 0.9
+    assert get_strategy(write("strategy: ttf\nthreshold: 9e-1")).threshold == 0.9
 
 
 # Keys
@@ -156,7 +156,7 @@ def test_a_key_inside_another_stands_there_once_too(refusal):
 
 def test_an_alias_is_no_key_that_stands_twice(write, refusal):
     path = write("compose:\n- &a {strategy: uniform, keep_ratio: 0.5}\n- *a\n")
-    assert [step.keep_ratio for step in load_strategy(path).compose] == [0.5, 0.5]
+    assert [step.keep_ratio for step in get_strategy(path).compose] == [0.5, 0.5]
     message = refusal("&a\ncompose: [*a]\n")
     assert "mine.yaml, line 2: compose: " in message
     assert message.endswith("is wrong: it leads back to itself; remove the part that does")
@@ -187,7 +187,7 @@ def test_other_projects_ratios_are_translated(refusal, key, value, advice):
 
 def test_keep_ratio_is_advised_only_where_there_is_one():
     with pytest.raises(ConfigError, match="unknown key pruning_rate of stranger") as caught:
-        load_strategy(Stranger(), {"pruning_rate": 0.75})
+        get_strategy(Stranger(), pruning_rate=0.75)
     assert "keep_ratio" not in str(caught.value)
 
 
@@ -232,7 +232,7 @@ def test_a_wrong_override_is_not_blamed_on_the_file(write):
     path = write("strategy: ttf\nthreshold: 0.5\n")
     for overrides in ({"threshold": "x"}, {"thresold": 1}, {"strategy": "x"}):
         with pytest.raises(ConfigError) as caught:
-            load_strategy(path, overrides)
+            get_strategy(path, **overrides)
         assert "mine.yaml" not in str(caught.value)
 
 
@@ -264,7 +264,7 @@ def test_a_configuration_without_a_strategy_is_told_how_to_name_it(refusal):
     assert re.search(expected.format("tome$"), refusal("name: tome\nwindow: 3\n"))
     assert "got the keys window; expected a line such as strategy: ttf" in refusal("window: 3\n")
     with pytest.raises(ConfigError, match="got no key; expected a line such as strategy: ttf"):
-        load_strategy({})
+        get_strategy({})
 
 
 @pytest.mark.parametrize("value", ["3", "[ttf]", "{name: ttf}", ""])
@@ -282,7 +282,7 @@ def test_an_unknown_strategy_in_a_file_names_the_line(refusal):
 )
 def test_an_unknown_name_is_told_the_nearest_strategy_or_preset(name, nearest):
     with pytest.raises(UnknownNameError) as caught:
-        load_strategy(name)
+        get_strategy(name)
     # KeyError alone would show the message as a quoted repr.
     start = f'no strategy or preset is called "{name}": did you mean "{nearest}"? valid: '
     assert str(caught.value).startswith(start)
@@ -293,13 +293,13 @@ def test_an_unknown_name_is_told_the_nearest_strategy_or_preset(name, nearest):
 def test_a_missing_file_is_told_what_there_is(tmp_path):
     for missing in (tmp_path / "ttf.yaml", "ttf.yaml", str(tmp_path / "ttf")):
         with pytest.raises(ConfigError, match=r'is not a file; .* did you mean "ttf"\? valid: '):
-            load_strategy(missing)
+            get_strategy(missing)
 
 
 @pytest.mark.parametrize("source", [None, 3, ["ttf"], TTF])
 def test_what_can_be_no_configuration_is_refused_with_its_type(source):
     with pytest.raises(ConfigError, match=f"is of type {type(source).__name__}; expected a str"):
-        load_strategy(source)
+        get_strategy(source)
 
 
 # Presets
@@ -311,17 +311,17 @@ def test_the_presets_are_the_files_of_configs():
 
 
 def test_the_presets_mean_what_their_names_say():
-    assert load_strategy(CONFIGS / "ttf.yaml") == TTF()
+    assert get_strategy(CONFIGS / "ttf.yaml") == TTF()
     published = TTF(threshold=0.7, window=3, anchor="auto", segments="single", guard="none")
-    assert load_strategy("ttf-published") == published
-    assert load_strategy("ttf-third") == TTF(keep_ratio=0.33)
-    assert load_strategy("ttf-gentle") == TTF(threshold=0.9)
+    assert get_strategy("ttf-published") == published
+    assert get_strategy("ttf-third") == TTF(keep_ratio=0.33)
+    assert get_strategy("ttf-gentle") == TTF(threshold=0.9)
 
 
 @pytest.mark.parametrize("name", sorted(presets()))
 def test_a_preset_survives_describe(name):
-    preset = load_strategy(name, among=BUILT_IN)
-    assert load_strategy(json.loads(json.dumps(preset.describe())), among=BUILT_IN) == preset
+    preset = get_strategy(name, registry=BUILT_IN)
+    assert get_strategy(json.loads(json.dumps(preset.describe())), registry=BUILT_IN) == preset
 
 
 @pytest.mark.parametrize("path", presets().values(), ids=lambda path: path.stem)
@@ -330,7 +330,7 @@ def test_a_preset_says_where_its_schema_is_and_what_it_is_for(path):
     assert schema == "# yaml-language-server: $schema=schema.json"
     assert re.fullmatch(r"# [A-Z].*\.", purpose)
     options = {line.partition(":")[0] for line in rest}
-    chosen = load_strategy(path, among=BUILT_IN)
+    chosen = get_strategy(path, registry=BUILT_IN)
     assert options <= set(json_schema(BUILT_IN)["$defs"][chosen.name]["properties"])
 
 

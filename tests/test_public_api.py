@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import tokenfuse
-from tokenfuse import errors, hookspecs
+from tokenfuse import errors
+from tokenfuse import hooks as hookspecs
 
 DOCS = Path(__file__).parents[1] / "docs"
 MODULES = ["tokenfuse", *(m.name for m in pkgutil.walk_packages(tokenfuse.__path__, "tokenfuse."))]
@@ -47,7 +48,7 @@ def test_all_is_what_there_is():
 def test_importing_tokenfuse_is_light():
     code = (
         "import sys, tokenfuse\n"
-        "tokenfuse.strategy('ttf'), tokenfuse.strategies(), tokenfuse.adapters()\n"
+        "tokenfuse.strategy('ttf'), tokenfuse.list_strategies(), tokenfuse.list_adapters()\n"
         "heavy = {'transformers', 'torchvision', 'typer', 'rich', 'av', 'matplotlib', 'PIL',"
         " 'pytest', 'hypothesis', 'tokenfuse.testing'}\n"
         "print(sorted(heavy & set(sys.modules)))"

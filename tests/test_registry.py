@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import pytest
 
 import tokenfuse
-from tokenfuse import Adapter, FusionPlan, Strategy, VisualTokens, hookimpl
+from tokenfuse import Adapter, FusionPlan, Strategy, VisualTokens, builtin, hookimpl
 from tokenfuse.adapters.qwen3_vl import Qwen3VL
 from tokenfuse.errors import PluginError, UnknownNameError, UnsupportedModelError
-from tokenfuse.registry import PluginWarning, Registry, builtin_strategies
+from tokenfuse.registry import PluginWarning, Registry
 from tokenfuse.strategies.ttf import TTF
 
 
@@ -157,7 +157,7 @@ def test_built_ins_come_through_the_same_hooks_from_tokenfuse():
     assert found.adapters["qwen3_vl"].cls is Qwen3VL
     assert {entry.distribution for entry in found.strategies.values()} == {"tokenfuse"}
     registered = []
-    builtin_strategies.tokenfuse_register_strategies(register=registered.append)
+    builtin.tokenfuse_register_strategies(register=registered.append)
     assert registered == [entry.cls for entry in found.strategies.values()]
 
 
@@ -176,11 +176,11 @@ def test_modules_and_objects_are_plugins_and_are_named():
 
 
 def test_public_listings_are_copies_with_the_distribution():
-    listed = tokenfuse.strategies()
+    listed = tokenfuse.list_strategies()
     assert listed["ttf"].distribution == "tokenfuse"
     listed.clear()
-    assert "ttf" in tokenfuse.strategies()
-    assert tokenfuse.adapters()["qwen3_vl"].cls is Qwen3VL
+    assert "ttf" in tokenfuse.list_strategies()
+    assert tokenfuse.list_adapters()["qwen3_vl"].cls is Qwen3VL
 
 
 def test_an_unknown_strategy_is_told_the_nearest():
@@ -188,7 +188,7 @@ def test_an_unknown_strategy_is_told_the_nearest():
         registry_of(strategies_plugin(KeepAll)).strategy("keepall")
     hint, _, valid = str(caught.value).partition("valid: ")
     assert hint == 'no strategy is called "keepall": did you mean "keep_all"? '
-    assert valid.split(", ") == sorted({*tokenfuse.strategies(), "keep_all"})
+    assert valid.split(", ") == sorted({*tokenfuse.list_strategies(), "keep_all"})
 
 
 # Plugins that fail

@@ -6,15 +6,8 @@ import pytest
 
 import tokenfuse
 from tokenfuse import Report
-from tokenfuse.report import (
-    FLOPS_FORMULA,
-    ItemReport,
-    flops,
-    kv_cache_bytes,
-    prefill_flops,
-    size,
-    versions,
-)
+from tokenfuse.costs import FLOPS_FORMULA, flops, kv_cache_bytes, prefill_flops, size, versions
+from tokenfuse.report import ItemReport
 
 DENSE = SimpleNamespace(
     num_hidden_layers=2,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from tokenfuse.adapters.base import Adapter
-from tokenfuse.adapters.base import ModelAdapter as _ModelAdapter
-from tokenfuse.config import load_strategy, strategy
-from tokenfuse.engine import CompressedInputs, compress
+from tokenfuse.adapters._base import Adapter
+from tokenfuse.adapters._base import ModelAdapter as _ModelAdapter
+from tokenfuse.compression import CompressedInputs, compress
+from tokenfuse.config import get_strategy
 from tokenfuse.errors import TokenFuseError
-from tokenfuse.hookspecs import hookimpl
+from tokenfuse.hooks import hookimpl
 from tokenfuse.plan import FusionPlan
 from tokenfuse.registry import Registered
-from tokenfuse.registry import registry as _registry
+from tokenfuse.registry import default_registry as _registry
 from tokenfuse.report import Report
-from tokenfuse.session import Session, attach
-from tokenfuse.strategies.base import Compressed, Strategy
+from tokenfuse.sessions.attach import attach
+from tokenfuse.sessions.vlm import Session
+from tokenfuse.strategies._base import Compressed, Strategy
 from tokenfuse.tokens import VisualTokens
 
 __version__ = "0.1.0"
@@ -29,21 +30,20 @@ __all__ = [
     "Strategy",
     "TokenFuseError",
     "VisualTokens",
-    "adapters",
     "attach",
     "compress",
+    "get_strategy",
     "hookimpl",
-    "load_strategy",
-    "strategies",
-    "strategy",
+    "list_adapters",
+    "list_strategies",
 ]
 
 
-def strategies() -> dict[str, Registered[Strategy]]:
+def list_strategies() -> dict[str, Registered[Strategy]]:
     """Every registered strategy by name, with the distribution that brought it."""
     return dict(_registry().strategies)
 
 
-def adapters() -> dict[str, Registered[_ModelAdapter]]:
+def list_adapters() -> dict[str, Registered[_ModelAdapter]]:
     """Every registered adapter by name, with the distribution that brought it."""
     return dict(_registry().adapters)

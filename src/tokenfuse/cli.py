@@ -63,11 +63,11 @@ def run(
     """Answer a question about a video, with and without compression."""
     with _errors():
         # Heavy imports only where a model runs.
-        from tokenfuse import inference
-        from tokenfuse.config import load_strategy
+        from tokenfuse.config import get_strategy
+        from tokenfuse.inference import run as inference
         from tokenfuse.micro import CHECKPOINT, SAMPLE, SAMPLE_QUESTION
 
-        chosen = load_strategy(strategy, _overrides(options or []))
+        chosen = get_strategy(strategy, **_overrides(options or []))
         _quiet()
         with _err.status("starting") as status:
             result = inference.run(
@@ -225,8 +225,8 @@ def retention(
 def strategies(as_json: Json = False) -> None:
     """List the registered strategies."""
     with _errors():
-        from tokenfuse.registry import registry
-        from tokenfuse.strategies.vision import stages
+        from tokenfuse.registry import default_registry
+        from tokenfuse.strategies._vit import stages
 
         rows = [
             {
@@ -236,7 +236,7 @@ def strategies(as_json: Json = False) -> None:
                 "from": entry.distribution,
                 "about": _first_line(entry.cls),
             }
-            for name, entry in sorted(registry().strategies.items())
+            for name, entry in sorted(default_registry().strategies.items())
         ]
     _list(rows, as_json)
 
@@ -245,11 +245,11 @@ def strategies(as_json: Json = False) -> None:
 def adapters(as_json: Json = False) -> None:
     """List the registered adapters."""
     with _errors():
-        from tokenfuse.registry import registry
+        from tokenfuse.registry import default_registry
 
         rows = [
             {"name": name, "from": entry.distribution, "about": _first_line(entry.cls)}
-            for name, entry in sorted(registry().adapters.items())
+            for name, entry in sorted(default_registry().adapters.items())
         ]
     _list(rows, as_json)
 
@@ -305,8 +305,8 @@ def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 
 def _show(result: Any) -> None:
+    from tokenfuse.costs import flops, size
     from tokenfuse.micro import CHECKPOINT, SAMPLE
-    from tokenfuse.report import flops, size
 
     report = result.report
     own = {str(SAMPLE): "tokenfuse's sample clip", str(CHECKPOINT): "the micro Qwen3-VL"}

@@ -11,8 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 from tokenfuse.errors import ConfigError, UnknownNameError, did_you_mean
-from tokenfuse.registry import Registry, registry
-from tokenfuse.strategies.base import Strategy
+from tokenfuse.registry import Registry, default_registry
+from tokenfuse.strategies._base import Strategy
 
 KEY = "strategy"
 MEANT_BY = {"compose": "compose", "video": "by_modality", "image": "by_modality"}
@@ -35,45 +35,34 @@ _REMOVED = {
 }
 
 
-def strategy(name: str, /, **options: Any) -> Strategy:
-    """The strategy registered as ``name`` with the given options.
-
-    Raises UnknownNameError for an unknown name, ConfigError for an unknown or invalid option.
-    """
-    return load_strategy({KEY: name, **options})
-
-
-def load_strategy(
-    source: StrategyLike,
-    overrides: Mapping[str, Any] | None = None,
-    *,
-    among: Registry | None = None,
+def get_strategy(
+    source: StrategyLike, /, *, registry: Registry | None = None, **options: Any
 ) -> Strategy:
-    """A strategy from any of the forms of StrategyLike, with ``overrides`` on top.
+    """A strategy from any of the forms of StrategyLike, with ``options`` set over its own.
 
     Raises ConfigError (UnknownNameError for a name) that says which key in which file and line is
     wrong, what was expected, and the nearest valid name.
     """
-    return _load(source, dict(overrides or {}), among or registry(), _Where())
+    return _load(source, options, registry or default_registry(), _Where())
 
 
 def _load(
-    source: StrategyLike, changes: dict[str, Any], found: Registry, where: _Where
+    source: StrategyLike, changes: dict[str, Any], registry: Registry, where: _Where
 ) -> Strategy:
-    """``load_strategy``; ``where``: where ``source`` itself stands."""
+    """``get_strategy``; ``where``: where ``source`` itself stands."""
     if isinstance(source, Strategy):
         if changes.get(KEY, source.name) == source.name:
             # Its own class, registered or not.
             changes.pop(KEY, None)
             if not changes:
                 return source
-            return _validate(type(source), dict(source) | changes, where, found)
+            return _validate(type(source), dict(source) | changes, where, registry)
         # Not model_dump, which describes the steps of a chain instead of keeping them.
         values: dict[str, Any] = dict(source)
     elif isinstance(source, Mapping):
         values = dict(source)
     elif isinstance(source, str | Path):
-        path = _file(source, found, where)
+        path = _file(source, registry, where)
         if path is None:
             values = {KEY: str(source)}
         else:
@@ -84,7 +73,7 @@ def _load(
             "name, a preset's, a YAML file, a mapping or a Strategy"
         )
     # A file is not to blame for what is set over it.
-    return _build(values | changes, where.without(changes), found)
+    return _build(values | changes, where.without(changes), registry)
 
 
 def presets() -> dict[str, Path]:
@@ -96,10 +85,10 @@ def presets() -> dict[str, Path]:
     return {}
 
 
-def json_schema(among: Registry | None = None) -> dict[str, Any]:
+def json_schema(registry: Registry | None = None) -> dict[str, Any]:
     """JSON Schema of a configuration: one alternative per strategy, told apart by its name."""
     definitions: dict[str, Any] = {}
-    for name, entry in sorted((among or registry()).strategies.items()):
+    for name, entry in sorted((registry or default_registry()).strategies.items()):
         # Models inside an option stay with their strategy: another may have one of the same name.
         schema = entry.cls.model_json_schema(ref_template=f"#/$defs/{name}/$defs/{{model}}")
         schema["description"] = schema.get("description", name).partition("\n\n")[0]
@@ -149,17 +138,17 @@ class _Where:
         return _Where(inside, line, self.part_of + "".join(names))
 
 
-def _file(source: str | Path, among: Registry, where: _Where) -> Path | None:
+def _file(source: str | Path, registry: Registry, where: _Where) -> Path | None:
     """The file that ``source`` names, or None where it is a registered name."""
     shipped = presets()
-    if isinstance(source, str) and source in among.strategies:
+    if isinstance(source, str) and source in registry.strategies:
         return None
     if isinstance(source, str) and source in shipped:
         return shipped[source]
     path = Path(source)
     if path.is_file():
         return path
-    names = {*among.strategies, *shipped}
+    names = {*registry.strategies, *shipped}
     if isinstance(source, str) and not path.suffix and path.parent == Path():
         raise UnknownNameError(
             f'{where.of()}no strategy or preset is called "{source}": {did_you_mean(source, names)}'
@@ -224,7 +213,7 @@ def _lines(node: yaml.Node, file: str) -> dict[tuple[str | int, ...], str]:
     return lines
 
 
-def _build(values: dict[str, Any], where: _Where, among: Registry) -> Strategy:
+def _build(values: dict[str, Any], where: _Where, registry: Registry) -> Strategy:
     """The strategy that ``values`` describe."""
     if KEY not in values:
         meant = next((MEANT_BY[key] for key in values if key in MEANT_BY), None)
@@ -240,10 +229,12 @@ def _build(values: dict[str, Any], where: _Where, among: Registry) -> Strategy:
     if not isinstance(name, str):
         raise ConfigError(f"{where.of(KEY)}{KEY}: {name!r} is not a name; expected text")
     try:
-        cls = among.strategy(name)
+        cls = registry.strategy(name)
     except UnknownNameError as error:
         raise UnknownNameError(f"{where.of(KEY)}{error}") from None
-    return _validate(cls, {key: value for key, value in values.items() if key != KEY}, where, among)
+    return _validate(
+        cls, {key: value for key, value in values.items() if key != KEY}, where, registry
+    )
 
 
 class _Located(ValueError):
@@ -251,11 +242,11 @@ class _Located(ValueError):
 
 
 def _validate(
-    cls: type[Strategy], options: Mapping[str, Any], where: _Where, among: Registry
+    cls: type[Strategy], options: Mapping[str, Any], where: _Where, registry: Registry
 ) -> Strategy:
     def load(part: Any, *keys: str | int) -> Strategy:
         try:
-            return _load(part, {}, among, where.part(*keys))
+            return _load(part, {}, registry, where.part(*keys))
         except ConfigError as error:
             raise _Located(str(error)) from None
 

@@ -13,13 +13,11 @@ from typing import Any, Generic, TypeVar
 
 import pluggy
 
-from tokenfuse import adapters as builtin_adapters
-from tokenfuse import hookspecs
-from tokenfuse import strategies as builtin_strategies
-from tokenfuse.adapters.base import ModelAdapter
+from tokenfuse import builtin, hooks
+from tokenfuse.adapters._base import ModelAdapter
 from tokenfuse.errors import PluginError, UnknownNameError, UnsupportedModelError, did_you_mean
-from tokenfuse.hookspecs import PROJECT
-from tokenfuse.strategies.base import Strategy
+from tokenfuse.hooks import PROJECT
+from tokenfuse.strategies._base import Strategy
 
 T = TypeVar("T")
 
@@ -60,8 +58,7 @@ class Registry:
         self.strategies: dict[str, Registered[Strategy]] = {}
         self.adapters: dict[str, Registered[ModelAdapter]] = {}
         self._plugins: list[_Plugin] = []
-        self._add(builtin_strategies, PROJECT)
-        self._add(builtin_adapters, PROJECT)
+        self._add(builtin, PROJECT)
         for module in modules:
             self._add(module, getattr(module, "__name__", type(module).__name__))
         for point in _entry_points() if installed else ():
@@ -110,7 +107,7 @@ class Registry:
         if any(module is plugin.module for plugin in self._plugins):
             return
         manager = pluggy.PluginManager(PROJECT)
-        manager.add_hookspecs(hookspecs)
+        manager.add_hookspecs(hooks)
         try:
             manager.register(module)
             manager.check_pending()
@@ -194,6 +191,6 @@ def _warn(origin: str, what: str, error: Exception) -> None:
 
 
 @functools.cache
-def registry() -> Registry:
+def default_registry() -> Registry:
     """The registry of this process, made on first use."""
     return Registry()

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
+from tokenfuse.costs import FLOPS_FORMULA, flops, size
 from tokenfuse.tokens import Grid, Modality
-
-FLOPS_FORMULA = (
-    "multiply-adds, counted once: layers * (L * (2*h*q + 2*h*kv + 3*h*f) + L^2 * q), "
-    "causal; L prompt length, h hidden, q and kv query and key width, "
-    "f feed-forward width (active experts)"
-)
 
 
 class ItemReport(BaseModel):
@@ -121,65 +114,5 @@ class Report(BaseModel):
         return "\n".join(lines)
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides the figures."""
-    import tokenfuse
-
-    own = {"tokenfuse": tokenfuse.__version__, "python": platform.python_version()}
-    return own | {name: version(name) for name in ("torch", "transformers")}
-
-
-def prefill_flops(config: Any, lengths: Sequence[int]) -> int:
-    """Multiply-adds of the decoder over prompts of these lengths, by FLOPS_FORMULA."""
-    hidden, head = config.hidden_size, _head_dim(config)
-    q: int = config.num_attention_heads * head
-    kv = config.num_key_value_heads * head
-    experts = getattr(config, "num_experts_per_tok", None)
-    wide = config.moe_intermediate_size * experts if experts else config.intermediate_size
-    weights: int = 2 * hidden * q + 2 * hidden * kv + 3 * hidden * wide
-    layers: int = config.num_hidden_layers
-    return layers * sum(n * weights + n * n * q for n in lengths)
-
-
-def kv_cache_bytes(config: Any, lengths: Sequence[int], element_bytes: int) -> int:
-    """Bytes of keys and values that prompts of these lengths leave in the cache.
-
-    Other layers than attention keep a state whose size does not depend on the length.
-    """
-    per_token: int = 2 * sum(attends(config)) * config.num_key_value_heads * _head_dim(config)
-    return per_token * element_bytes * sum(lengths)
-
-
-def attends(config: Any) -> list[bool]:
-    """Which layers of a decoder are attention, not linear attention or a convolution."""
-    kinds = getattr(config, "layer_types", None) or ["attention"] * config.num_hidden_layers
-    return [kind.endswith("attention") and not kind.startswith("linear") for kind in kinds]
-
-
-def _head_dim(config: Any) -> int:
-    head = getattr(config, "head_dim", None)
-    return int(head or config.hidden_size // config.num_attention_heads)
-
-
 def _lengths(lengths: Sequence[int]) -> str:
     return " + ".join(map(str, lengths))
-
-
-def size(count: float) -> str:
-    """Bytes for people: ``1.2 MB``."""
-    return _scaled(count, ("B", "kB", "MB", "GB", "TB"))
-
-
-def flops(count: float) -> str:
-    """FLOPs for people: ``0.16 GFLOPs``."""
-    return _scaled(count, ("FLOPs", "kFLOPs", "MFLOPs", "GFLOPs", "TFLOPs", "PFLOPs"))
-
-
-def _scaled(count: float, units: Sequence[str]) -> str:
-    *smaller, largest = units
-    for unit in smaller:
-        # From 999.5 on, three digits would read 1e+03.
-        if abs(count) < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} {largest}" if abs(count) < 999.5 else f"{count:.0f} {largest}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from tokenfuse.adapters.base import MODALITIES, Adapter, takes_features
+from tokenfuse.adapters._base import MODALITIES, Adapter, takes_features
 
 
 class Generic(Adapter):

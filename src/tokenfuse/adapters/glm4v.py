@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokenfuse.adapters.packed import Packed
+from tokenfuse.adapters._packed import Packed
 from tokenfuse.errors import PromptError
 from tokenfuse.tokens import Modality
 

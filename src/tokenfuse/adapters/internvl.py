@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokenfuse.adapters.base import Adapter
-from tokenfuse.adapters.supply import listen, square_frames
-from tokenfuse.strategies.base import Attention, Need
+from tokenfuse.adapters._base import Adapter
+from tokenfuse.adapters._saliency import listen, square_frames
+from tokenfuse.strategies._base import Attention, Need
 from tokenfuse.tokens import Modality
 
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokenfuse.adapters.base import Adapter
-from tokenfuse.adapters.layout import Span
-from tokenfuse.adapters.supply import listen, square_frames
-from tokenfuse.strategies.base import Attention, Need
+from tokenfuse.adapters._base import Adapter
+from tokenfuse.adapters._saliency import listen, square_frames
+from tokenfuse.adapters._spans import Span
+from tokenfuse.strategies._base import Attention, Need
 from tokenfuse.tokens import Modality
 
 TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenfuse.adapters import supply
-from tokenfuse.adapters.anyres import AnyRes
+from tokenfuse.adapters import _saliency as supply
+from tokenfuse.adapters._anyres import AnyRes
 from tokenfuse.adapters.llava import TOWERS
-from tokenfuse.strategies.base import Attention, Need
+from tokenfuse.strategies._base import Attention, Need
 from tokenfuse.tokens import Modality
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from tokenfuse.adapters.anyres import AnyRes
+from tokenfuse.adapters._anyres import AnyRes
 from tokenfuse.errors import PromptError
 
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokenfuse.adapters.packed import Packed
-from tokenfuse.adapters.supply import calls
-from tokenfuse.strategies.base import Attention
+from tokenfuse.adapters._packed import Packed
+from tokenfuse.adapters._saliency import calls
+from tokenfuse.strategies._base import Attention
 from tokenfuse.tokens import Modality
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tokenfuse.adapters.packed import Packed
+from tokenfuse.adapters._packed import Packed
 
 
 class Qwen3VL(Packed):

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokenfuse.adapters.base import Adapter
-from tokenfuse.adapters.supply import QueriesKeys, calls, listen, square_frames
+from tokenfuse.adapters._base import Adapter
+from tokenfuse.adapters._saliency import QueriesKeys, calls, listen, square_frames
 from tokenfuse.errors import UnsupportedModelError
-from tokenfuse.strategies.base import Attention, Need
+from tokenfuse.strategies._base import Attention, Need
 from tokenfuse.tokens import Modality
 
 

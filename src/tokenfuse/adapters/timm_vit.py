@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
-from tokenfuse.adapters.vision import Branch, VisionAdapter
+from tokenfuse.adapters._vit import Branch, VitAdapter
 from tokenfuse.errors import UnsupportedModelError
 
 VIT, EVA, ATTENTION = "timm.models.vision_transformer", "timm.models.eva", "timm.layers.attention"
@@ -19,7 +19,7 @@ BLOCKS = (f"{VIT}.Block", f"{EVA}.EvaBlock")
 ATTENTIONS = (f"{ATTENTION}.Attention", f"{ATTENTION}.AttentionRope", f"{EVA}.EvaAttention")
 
 
-class TimmViT(VisionAdapter):
+class TimmViT(VitAdapter):
     """timm's VisionTransformer and Eva with pre-norm blocks: ViT, DeiT, DINO, SigLIP, EVA."""
 
     name: ClassVar[str] = "timm_vit"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tokenfuse.adapters.base import Adapter
-from tokenfuse.config import KEY, load_strategy
-from tokenfuse.engine import refuse_unmet_needs
+from tokenfuse.adapters._base import Adapter
+from tokenfuse.compression import refuse_unmet_needs
+from tokenfuse.config import KEY, get_strategy
 from tokenfuse.errors import ConfigError, UnsupportedModelError
 from tokenfuse.registry import Registry
-from tokenfuse.strategies.base import Strategy
+from tokenfuse.strategies._base import Strategy
 
 ALL = "all"
 CONTROLS = ("uniform", "random", "frame_subsample")
@@ -36,7 +36,7 @@ UNCOMPRESSED = Candidate("uncompressed", 1.0, None)
 
 
 def candidates(
-    names: Sequence[str], ratios: Sequence[float], adapter: Adapter | None, among: Registry
+    names: Sequence[str], ratios: Sequence[float], adapter: Adapter | None, registry: Registry
 ) -> list[Candidate]:
     """Every named strategy at every ratio; ``all`` stands for all that take a ``keep_ratio``.
 
@@ -51,21 +51,21 @@ def candidates(
     sources: dict[str, None] = {}
     for name in names or [ALL]:
         # "all" may be a plugin's name, too: then it is that one.
-        wide = name == ALL and ALL not in among.strategies
-        sources |= dict.fromkeys(comparable(among) if wide else [name])
+        wide = name == ALL and ALL not in registry.strategies
+        sources |= dict.fromkeys(comparable(registry) if wide else [name])
     return [
-        _candidate(source, ratio, adapter, among)
+        _candidate(source, ratio, adapter, registry)
         for source in sources
         for ratio in dict.fromkeys(ratios)
     ]
 
 
-def comparable(among: Registry) -> Iterator[str]:
+def comparable(registry: Registry) -> Iterator[str]:
     """Registered pre_llm strategies that can be built from a ``keep_ratio`` alone, by name."""
-    for name, entry in sorted(among.strategies.items()):
+    for name, entry in sorted(registry.strategies.items()):
         if entry.cls.stage == "pre_llm" and "keep_ratio" in entry.cls.model_fields:
             try:
-                load_strategy({KEY: name, "keep_ratio": 0.5}, among=among)
+                get_strategy({KEY: name, "keep_ratio": 0.5}, registry=registry)
             except ConfigError:
                 continue
             yield name
@@ -84,12 +84,12 @@ def ratios(values: Iterable[str]) -> list[float]:
         raise ConfigError(f"--keep-ratio: {error}; expected numbers such as 0.5,0.33") from None
 
 
-def _candidate(source: str, ratio: float, adapter: Adapter | None, among: Registry) -> Candidate:
+def _candidate(source: str, ratio: float, adapter: Adapter | None, registry: Registry) -> Candidate:
     try:
-        strategy = load_strategy(source, {"keep_ratio": ratio}, among=among)
+        strategy = get_strategy(source, keep_ratio=ratio, registry=registry)
     except ConfigError:
         # An unknown name or a faulty file says so itself.
-        plain = load_strategy(source, among=among)
+        plain = get_strategy(source, registry=registry)
         if "keep_ratio" in type(plain).model_fields:
             raise
         raise ConfigError(

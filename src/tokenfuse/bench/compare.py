@@ -12,18 +12,21 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from tokenfuse.adapters.base import MODALITIES
+from tokenfuse.adapters._base import MODALITIES
 from tokenfuse.bench.candidates import UNCOMPRESSED, Candidate, candidates
 from tokenfuse.bench.memory import peak_memory
-from tokenfuse.engine import prompt_adapter
+from tokenfuse.compression import prompt_adapter
+from tokenfuse.costs import versions
 from tokenfuse.errors import TokenFuseError
-from tokenfuse.inference import Say, check_repeats, first_token_ms, image_blocks, load, video_inputs
+from tokenfuse.inference.inputs import frames_as_images, video_inputs
+from tokenfuse.inference.run import Say, check_repeats, first_token_ms, load
+from tokenfuse.inference.video import read_video
 from tokenfuse.micro import CHECKPOINT
-from tokenfuse.proportional import proportional_attention
-from tokenfuse.registry import registry
-from tokenfuse.report import Report, versions
-from tokenfuse.session import Session, attach
-from tokenfuse.video import read_video
+from tokenfuse.registry import default_registry
+from tokenfuse.report import Report
+from tokenfuse.sessions.attach import attach
+from tokenfuse.sessions.proportional import proportional_attention
+from tokenfuse.sessions.vlm import Session
 
 
 class Row(BaseModel):
@@ -89,15 +92,15 @@ def compare(
     ``say`` hears of each step.
     """
     check_repeats(repeats)
-    found = registry()
+    registry = default_registry()
     # What is wrong is said before the model, which may be large, is loaded.
-    candidates(names, ratios, None, found)
+    candidates(names, ratios, None, registry)
     say("decoding the video")
     video = read_video(path, frames=frames, fps=fps)
     say("loading the model")
     model, processor = load(source)
-    adapter = prompt_adapter(model, found)
-    chosen = candidates(names, ratios, adapter, found)
+    adapter = prompt_adapter(model, registry)
+    chosen = candidates(names, ratios, adapter, registry)
     inputs = video_inputs(processor, video, question).to(model.device)
     runs = _answer(model, processor, inputs, chosen, max_new_tokens, say)
     _time(model, inputs, [run for run in runs if run.logits is not None], repeats, say)
@@ -168,7 +171,7 @@ class _Run:
         strategy = self.candidate.strategy
         if strategy is None:
             return nullcontext()
-        return attach(model, strategy, image_blocks=image_blocks(inputs))
+        return attach(model, strategy, frames_as_images=frames_as_images(inputs))
 
 
 def _answer(

@@ -18,18 +18,19 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 from torch import Tensor
 
-from tokenfuse.adapters.base import Adapter, Encoded
+from tokenfuse.adapters._base import Adapter, Encoded
 from tokenfuse.bench.candidates import UNCOMPRESSED, Candidate, candidates
 from tokenfuse.bench.compare import divergence, generate, why
-from tokenfuse.engine import compress_with, prompt_adapter
+from tokenfuse.compression import compress_with, prompt_adapter
+from tokenfuse.costs import versions
 from tokenfuse.errors import ConfigError
-from tokenfuse.inference import Say, load, refuse_images_only
+from tokenfuse.inference.inputs import refuse_images_only
+from tokenfuse.inference.run import Say, load
 from tokenfuse.micro import CHECKPOINT
 from tokenfuse.micro.evaluate import clip_inputs, held_out
 from tokenfuse.micro.tasks import TASKS, Clip, Question, Task
-from tokenfuse.registry import Registry, registry
-from tokenfuse.report import versions
-from tokenfuse.strategies.base import Wants
+from tokenfuse.registry import Registry, default_registry
+from tokenfuse.strategies._base import Wants
 from tokenfuse.tokens import Modality
 
 LONGEST = 6
@@ -146,15 +147,15 @@ def benchmark(
     holds are not measured again, and each task is added to it when done. ``say`` hears of each
     step. Raises ConfigError where ``keep`` holds scores of other settings.
     """
-    found = registry()
+    registry = default_registry()
     # What is wrong is said before the model, which may be large, is loaded.
-    candidates(names, ratios, None, found)
+    candidates(names, ratios, None, registry)
     say("loading the model")
     model, processor = load(source)
     refuse_images_only(processor)
     # Answers follow their prompts; many tokenizers pad as for training.
     processor.tokenizer.padding_side = "left"
-    chosen = candidates(names, ratios, prompt_adapter(model, found), found)
+    chosen = candidates(names, ratios, prompt_adapter(model, registry), registry)
     result = Benchmark(
         # A path of this machine means nothing elsewhere.
         model="tokenfuse.micro" if source == CHECKPOINT else str(source),
@@ -177,7 +178,7 @@ def benchmark(
             sums: dict[Candidate, TaskScore] = {}
             for i, group in enumerate(groups):
                 say(f"{task}: questions {_span(groups, i)} of {questions}, {len(missing)} rows")
-                for candidate, score in _ask(model, processor, group, missing, found).items():
+                for candidate, score in _ask(model, processor, group, missing, registry).items():
                     if isinstance(score, str):
                         scores[candidate] = scores[candidate].model_copy(
                             update={"reason": score, "tasks": {}}
@@ -274,7 +275,7 @@ def _ask(
     processor: Any,
     group: Sequence[tuple[Clip, Question]],
     chosen: Sequence[Candidate],
-    found: Registry,
+    registry: Registry,
 ) -> dict[Candidate, TaskScore | str]:
     """What each candidate scores on one batch, or why it cannot."""
     inputs = clip_inputs(processor, [c for c, _ in group], [q.text for _, q in group])
@@ -282,14 +283,14 @@ def _ask(
     expected = [question.answer for _, question in group]
     ids, reference = generate(model, inputs, LONGEST)
     plain = texts(processor, ids)
-    adapter = encoding_once(prompt_adapter(model, found))
+    adapter = encoding_once(prompt_adapter(model, registry))
     scores: dict[Candidate, TaskScore | str] = {}
     for candidate in chosen:
         if candidate.strategy is None:
             scores[candidate] = _score(plain, plain, expected)
             continue
         try:
-            short = compress_with(adapter, inputs, candidate.strategy, found)
+            short = compress_with(adapter, inputs, candidate.strategy, registry)
             ids, logits = generate(model, short, LONGEST)
         except Exception as error:
             scores[candidate] = why(error)

@@ -27,7 +27,7 @@ refused. No pretrained weights were loaded.
 
 TAIL = """
 - *batch*: padded batches give what each prompt gives alone, on both sides.
-- *frames*: the model is shown a video as images; pass `image_blocks="frames"` to `compress` or
+- *frames*: the model is shown a video as images; pass `frames_as_images=True` to `compress` or
   `attach`, and temporal strategies compare them.
 - *saliency*: strategies that prune by attention can be used.
 - *generic*: no adapter of its own; the model's config, signatures and inputs say where its tokens
@@ -41,7 +41,7 @@ TAIL = """
 Made again by:
 
 ```console
-$ python -m pytest tests/test_adapters.py --record docs/results/models.json
+$ python -m pytest tests/adapters/test_conformance.py --record docs/results/models.json
 $ python -m tokenfuse.bench.models_page docs/results/models.json > docs/reference/models.md
 ```
 
@@ -68,7 +68,7 @@ def page(recorded: Mapping[str, Mapping[str, Any]]) -> str:
                 name.removesuffix("_frames"),
                 f"`{entry['model']}`",
                 f"`{entry['adapter']}`",
-                "frames" if entry["image_blocks"] == "frames" else shown,
+                "frames" if entry["frames_as_images"] else shown,
                 entry["rope"],
                 _yes(entry["deepstack"]),
                 _yes(entry["saliency"]),

@@ -17,10 +17,10 @@ from tokenfuse.bench.candidates import CONTROLS, UNCOMPRESSED
 from tokenfuse.bench.compare import Comparison, Row, compare
 from tokenfuse.bench.micro import Benchmark, Score, benchmark, write
 from tokenfuse.bench.page import page
+from tokenfuse.costs import size
 from tokenfuse.errors import ConfigError
-from tokenfuse.inference import Say
+from tokenfuse.inference.run import Say
 from tokenfuse.micro import CHECKPOINT, SAMPLE, SAMPLE_QUESTION
-from tokenfuse.report import size
 
 NONE = "–"
 ENDINGS = (".json", ".md", ".png")

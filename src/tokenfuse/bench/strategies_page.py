@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tokenfuse.config import load_strategy, presets
+from tokenfuse.config import get_strategy, presets
 from tokenfuse.errors import TokenFuseError
 from tokenfuse.registry import Registry
-from tokenfuse.strategies.base import Strategy
-from tokenfuse.strategies.vision import stages
+from tokenfuse.strategies._base import Strategy
+from tokenfuse.strategies._vit import stages
 
 HEAD = """\
 # Strategies
@@ -38,14 +38,14 @@ without gaps, for comparison; see [Positions](../explanation/positions.md).
 """
 
 
-def page(among: Registry | None = None) -> str:
+def page(registry: Registry | None = None) -> str:
     """The page of every registered strategy, of the built-in ones if no registry is given."""
-    found = among or Registry(installed=False)
-    classes = [entry.cls for _, entry in sorted(found.strategies.items())]
+    registry = registry or Registry(installed=False)
+    classes = [entry.cls for _, entry in sorted(registry.strategies.items())]
     files: dict[str, list[str]] = {}
     for preset in presets():
         try:
-            files.setdefault(load_strategy(preset, among=found).name, []).append(preset)
+            files.setdefault(get_strategy(preset, registry=registry).name, []).append(preset)
         except TokenFuseError:
             continue  # a preset of a strategy that is not among these
     overview = [

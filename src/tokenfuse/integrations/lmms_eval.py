@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from tokenfuse.config import KEY, load_strategy
+from tokenfuse.config import KEY, get_strategy
+from tokenfuse.costs import versions
 from tokenfuse.errors import ConfigError, did_you_mean
-from tokenfuse.hookspecs import hookimpl
-from tokenfuse.registry import Registry, registry
-from tokenfuse.report import Report, versions
-from tokenfuse.session import attach
-from tokenfuse.strategies.base import Strategy
+from tokenfuse.hooks import hookimpl
+from tokenfuse.registry import Registry, default_registry
+from tokenfuse.report import Report
+from tokenfuse.sessions.attach import attach
+from tokenfuse.strategies._base import Strategy
 
 NAME = "tokenfuse_qwen3_vl"
 CLASSES = {"Qwen3VLSimple": "simple", "Qwen3VLChat": "chat"}
@@ -62,9 +63,11 @@ def split_args(
             )
         return kept, None
     try:
-        return kept, load_strategy(source, options)
+        return kept, get_strategy(source, **options)
     except ConfigError as error:
-        fields = {name for e in registry().strategies.values() for name in e.cls.model_fields}
+        fields = {
+            name for e in default_registry().strategies.values() for name in e.cls.model_fields
+        }
         for name in options.keys() - fields:
             raise ConfigError(f"{error}; of the model: {did_you_mean(name, own)}") from None
         raise
@@ -115,17 +118,17 @@ def compressing(base: Any) -> Any:
                 # By default lmms-eval's class sends inputs to a GPU, whatever the device.
                 kept.setdefault("device_map", kept["device"])
             self.measured = Measured()
-            self._found = Registry([self.measured])
+            self._registry = Registry([self.measured])
             _write_into_results()
             super().__init__(**kept)
             if self.strategy is not None:
                 # A strategy that this model cannot take is refused before any prompt.
-                attach(self.model, self.strategy, among=self._found)
+                attach(self.model, self.strategy, registry=self._registry)
 
         def generate_until(self, requests: Any) -> Any:
             if self.strategy is None:
                 return super().generate_until(requests)
-            with attach(self.model, self.strategy, among=self._found):
+            with attach(self.model, self.strategy, registry=self._registry):
                 return super().generate_until(requests)
 
         def tokenfuse_summary(self) -> dict[str, Any]:

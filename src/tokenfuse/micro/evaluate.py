@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from transformers.video_utils import VideoMetadata
 
-from tokenfuse.config import load_strategy
-from tokenfuse.inference import load
+from tokenfuse.config import get_strategy
+from tokenfuse.costs import versions
+from tokenfuse.inference.run import load
 from tokenfuse.micro import CHECKPOINT
 from tokenfuse.micro.strata import StratumClip
 from tokenfuse.micro.tasks import (
@@ -30,9 +31,8 @@ from tokenfuse.micro.tasks import (
     Task,
     make_clip,
 )
-from tokenfuse.report import versions
-from tokenfuse.session import attach
-from tokenfuse.strategies.base import Strategy
+from tokenfuse.sessions.attach import attach
+from tokenfuse.strategies._base import Strategy
 
 PATCHES = range(4, 9)
 
@@ -104,7 +104,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Right answers to ``count`` questions of each task, uncompressed and with each strategy."""
     model, processor = load(source)
-    chosen = {"uncompressed": None, **{name: load_strategy(name) for name in strategies}}
+    chosen = {"uncompressed": None, **{name: get_strategy(name) for name in strategies}}
     result: dict[str, Any] = {}
     for task in tasks:
         asked = held_out(task, count)

@@ -29,13 +29,7 @@ import numpy.typing as npt
 
 from tokenfuse.micro.displacement import Displacement, Group, group, measure
 from tokenfuse.micro.motion import MOTIONS, Motion, backdrop, course, relight
-from tokenfuse.micro.questions import (
-    PLAIN,
-    SUBTLE,
-    StratumQuestion,
-    StratumTask,
-    ask,
-)
+from tokenfuse.micro.questions import PLAIN, SUBTLE, StratumQuestion, StratumTask, ask
 from tokenfuse.micro.scenes import SCENES
 from tokenfuse.micro.subtle import SIZES, WHOLE, change
 from tokenfuse.micro.tasks import QUADRANTS, Split

@@ -28,14 +28,7 @@ import numpy as np
 from tokenfuse.micro.motion import Positions
 from tokenfuse.micro.questions import StratumTask
 from tokenfuse.micro.scenes import in_quadrant
-from tokenfuse.micro.tasks import (
-    DIRECTIONS,
-    FRAMES_PER_PATCH,
-    SHAPES,
-    SIZE,
-    Float,
-    paint,
-)
+from tokenfuse.micro.tasks import DIRECTIONS, FRAMES_PER_PATCH, SHAPES, SIZE, Float, paint
 
 SIZES: dict[StratumTask, tuple[float, float, float]] = {
     "hue": (1, 60, 180),

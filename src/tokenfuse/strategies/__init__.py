@@ -1,16 +1,7 @@
-"""Built-in strategies: every ``Strategy`` that a file of this folder defines."""
+"""Compression methods, one file each, and what a strategy is made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from tokenfuse.strategies._base import Attention, Budgeted, Compressed, Strategy, Wants
 
-from tokenfuse.discover import subclasses_in
-from tokenfuse.hookspecs import hookimpl
-from tokenfuse.strategies.base import Strategy
-
-
-@hookimpl
-def tokenfuse_register_strategies(register: Callable[[type[Strategy]], None]) -> None:
-    """Register every ``Strategy`` of this folder."""
-    for cls in subclasses_in(__name__, Strategy):
-        register(cls)
+__all__ = ["Attention", "Budgeted", "Compressed", "Strategy", "Wants"]

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from tokenfuse.ops.select import top
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Attention, Budgeted, Need, Wants
-from tokenfuse.strategies.select import top
+from tokenfuse.strategies._base import Attention, Budgeted, Need, Wants
 from tokenfuse.tokens import VisualTokens
 
 

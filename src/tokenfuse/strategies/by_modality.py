@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tokenfuse.errors import PlanError
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Strategy, Wants
-from tokenfuse.strategies.parts import PART, check_part, load_part
+from tokenfuse.strategies._base import Strategy, Wants
+from tokenfuse.strategies._parts import PART, check_part, load_part
 from tokenfuse.tokens import Grid, Modality, VisualTokens
 
 Part = Annotated[Strategy | None, WithJsonSchema({"anyOf": [*PART, {"type": "null"}]})]

@@ -11,11 +11,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import threshold
 
-from tokenfuse.kernels.window import STEP, unit
+from tokenfuse.ops.select import CHUNK, budget, top
+from tokenfuse.ops.similarity import STEP, Cosines, in_steps, unit
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Budgeted, Need
-from tokenfuse.strategies.pairs import Cosines, in_steps
-from tokenfuse.strategies.select import CHUNK, budget, top
+from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.tokens import Grid, VisualTokens
 
 EPSILON = 1e-6

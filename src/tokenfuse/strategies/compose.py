@@ -18,10 +18,10 @@ from pydantic import (
 from torch import Tensor
 
 from tokenfuse.errors import PlanError
+from tokenfuse.ops.select import budget
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Strategy, Wants
-from tokenfuse.strategies.parts import PART, check_part, load_part
-from tokenfuse.strategies.select import budget
+from tokenfuse.strategies._base import Strategy, Wants
+from tokenfuse.strategies._parts import PART, check_part, load_part
 from tokenfuse.tokens import Grid, VisualTokens
 
 

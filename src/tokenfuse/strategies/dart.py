@@ -9,11 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.kernels.window import STEP, unit
+from tokenfuse.ops.select import true_indices
+from tokenfuse.ops.similarity import STEP, in_steps, unit
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Budgeted, Need, Wants
-from tokenfuse.strategies.pairs import in_steps
-from tokenfuse.strategies.select import true_indices
+from tokenfuse.strategies._base import Budgeted, Need, Wants
 from tokenfuse.tokens import Grid, VisualTokens
 
 

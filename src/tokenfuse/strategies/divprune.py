@@ -10,11 +10,10 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.kernels.window import STEP
+from tokenfuse.ops.select import CHUNK, budget
+from tokenfuse.ops.similarity import STEP, Cosines, in_steps
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Budgeted
-from tokenfuse.strategies.pairs import Cosines, in_steps
-from tokenfuse.strategies.select import CHUNK, budget
+from tokenfuse.strategies._base import Budgeted
 from tokenfuse.tokens import Grid, VisualTokens
 
 

@@ -10,10 +10,10 @@ from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
+from tokenfuse.ops.select import spread, true_indices
+from tokenfuse.ops.similarity import pairwise_likeness
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Budgeted, Need
-from tokenfuse.strategies.likeness import pairwise_likeness
-from tokenfuse.strategies.select import spread, true_indices
+from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.tokens import Grid, VisualTokens
 
 WINDOW = 4

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from tokenfuse.ops.select import top
+from tokenfuse.ops.similarity import pairwise_likeness
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Budgeted, Need
-from tokenfuse.strategies.likeness import pairwise_likeness
-from tokenfuse.strategies.select import top
+from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.tokens import Grid, VisualTokens
 
 

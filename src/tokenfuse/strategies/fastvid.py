@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.kernels.window import cosine
+from tokenfuse.ops.select import top_per_row, true_indices
+from tokenfuse.ops.similarity import cosine, nearest
 from tokenfuse.plan import DROPPED, FusionPlan
-from tokenfuse.strategies.base import Attention, Budgeted, Need, Wants
-from tokenfuse.strategies.select import nearest, top_per_row, true_indices
-from tokenfuse.strategies.windows import cluster_rows, plan_from, runs, share_out
+from tokenfuse.strategies._base import Attention, Budgeted, Need, Wants
+from tokenfuse.strategies._windows import cluster_rows, plan_from, runs, share_out
 from tokenfuse.tokens import VisualTokens
 
 NEIGHBOURS = 4

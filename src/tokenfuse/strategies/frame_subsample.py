@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from tokenfuse.ops.select import spread
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Budgeted, Need
-from tokenfuse.strategies.select import spread
+from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.tokens import VisualTokens
 
 

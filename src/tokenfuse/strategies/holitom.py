@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.kernels.window import window_match
+from tokenfuse.ops.select import top_per_row
+from tokenfuse.ops.window import window_match
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Attention, Budgeted, Need, Wants
-from tokenfuse.strategies.select import top_per_row
-from tokenfuse.strategies.windows import Windows
+from tokenfuse.strategies._base import Attention, Budgeted, Need, Wants
+from tokenfuse.strategies._windows import Windows
 from tokenfuse.tokens import VisualTokens
 
 

@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.kernels.window import NO_MATCH, STEP, cosine, unit
+from tokenfuse.ops.select import CHUNK, true_indices
+from tokenfuse.ops.similarity import NO_MATCH, STEP, cosine, nearest, unit
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Budgeted, Need
-from tokenfuse.strategies.select import CHUNK, nearest, true_indices
+from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.tokens import Grid, VisualTokens
 
 

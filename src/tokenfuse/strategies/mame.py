@@ -11,11 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.kernels.window import NO_MATCH, STEP, unit
+from tokenfuse.ops.select import CHUNK, top, true_indices
+from tokenfuse.ops.similarity import NO_MATCH, STEP, nearest_per_row, unit
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Budgeted
-from tokenfuse.strategies.bipartite import nearest_per_row
-from tokenfuse.strategies.select import CHUNK, top, true_indices
+from tokenfuse.strategies._base import Budgeted
 from tokenfuse.tokens import Grid, VisualTokens
 
 EXACT = 128

@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.kernels.window import STEP
+from tokenfuse.ops.similarity import STEP
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Budgeted, Need
-from tokenfuse.strategies.windows import Windows, cluster_rows
+from tokenfuse.strategies._base import Budgeted, Need
+from tokenfuse.strategies._windows import Windows, cluster_rows
 from tokenfuse.tokens import VisualTokens
 
 SMALL = 14

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from tokenfuse.ops.select import top
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Budgeted
-from tokenfuse.strategies.select import top
+from tokenfuse.strategies._base import Budgeted
 from tokenfuse.tokens import VisualTokens
 
 

@@ -10,11 +10,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tokenfuse.errors import ConfigError
+from tokenfuse.ops.matching import bipartite_soft_matching, most_pairs, weighted_mean
+from tokenfuse.ops.select import budget
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Budgeted
-from tokenfuse.strategies.bipartite import bipartite_soft_matching, most_pairs, weighted_mean
-from tokenfuse.strategies.select import budget
-from tokenfuse.strategies.vision import VisionStrategy
+from tokenfuse.strategies._base import Budgeted
+from tokenfuse.strategies._vit import VitStrategy
 from tokenfuse.tokens import Grid, VisualTokens
 
 Merges = Annotated[int, Field(ge=0, strict=True)]
@@ -22,7 +22,7 @@ Merges = Annotated[int, Field(ge=0, strict=True)]
 __all__ = ["ToMe", "bipartite_soft_matching"]
 
 
-class ToMe(Budgeted, VisionStrategy):
+class ToMe(Budgeted, VitStrategy):
     """Fuse every second token that resembles another most, round by round.
 
     Source: Token Merging, arXiv 2210.09461. A round of bipartite soft matching compares the tokens

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from tokenfuse.ops.select import budget, spread, top_per_row, true_indices
+from tokenfuse.ops.similarity import nearest_per_row
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Budgeted, Need
-from tokenfuse.strategies.bipartite import nearest_per_row
-from tokenfuse.strategies.select import budget, spread, top_per_row, true_indices
+from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.tokens import Grid, VisualTokens
 
 

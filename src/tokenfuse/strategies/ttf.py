@@ -11,10 +11,11 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from tokenfuse.errors import ConfigError
-from tokenfuse.kernels.window import STEP, cosine, moved_alike, on_host, window_match
+from tokenfuse.ops.select import first_argmax, true_indices
+from tokenfuse.ops.similarity import STEP, cosine, on_host
+from tokenfuse.ops.window import moved_alike, window_match
 from tokenfuse.plan import FusionPlan, Reduce
-from tokenfuse.strategies.base import Budgeted, Need
-from tokenfuse.strategies.select import first_argmax, true_indices
+from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.tokens import Grid, VisualTokens
 
 REANCHOR_ROUNDS = 4

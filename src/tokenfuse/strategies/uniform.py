@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from tokenfuse.ops.select import spread
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Budgeted
-from tokenfuse.strategies.select import spread
+from tokenfuse.strategies._base import Budgeted
 from tokenfuse.tokens import VisualTokens
 
 

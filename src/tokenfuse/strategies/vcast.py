@@ -9,12 +9,11 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.kernels.window import STEP
+from tokenfuse.ops.apportion import apportion
+from tokenfuse.ops.select import top_per_row, true_indices
+from tokenfuse.ops.similarity import STEP, likeness, pairwise_likeness
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.apportion import apportion
-from tokenfuse.strategies.base import Budgeted, Need
-from tokenfuse.strategies.likeness import likeness, pairwise_likeness
-from tokenfuse.strategies.select import top_per_row, true_indices
+from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.tokens import Grid, VisualTokens
 
 STILL = 1e-6

@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.kernels.window import STEP
+from tokenfuse.ops.select import top_per_row
+from tokenfuse.ops.similarity import STEP
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies.base import Budgeted, Need
-from tokenfuse.strategies.select import top_per_row
+from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.tokens import Grid, VisualTokens
 
 WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)

@@ -8,9 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tokenfuse.ops.select import spread, top, true_indices
+from tokenfuse.ops.similarity import nearest
 from tokenfuse.plan import DROPPED, FusionPlan
-from tokenfuse.strategies.base import Attention, Budgeted, Need, Wants
-from tokenfuse.strategies.select import nearest, spread, top, true_indices
+from tokenfuse.strategies._base import Attention, Budgeted, Need, Wants
 from tokenfuse.tokens import Grid, VisualTokens
 
 

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 import tokenfuse
-from tokenfuse.adapters.base import MODALITIES, PER_TOKEN, PIXELS, Adapter, ImageBlocks
-from tokenfuse.adapters.layout import Span, flat
-from tokenfuse.caches import as_argument, cache_of
-from tokenfuse.engine import CompressedInputs, prompt_adapter
+from tokenfuse.adapters._base import MODALITIES, PER_TOKEN, PIXELS, Adapter
+from tokenfuse.adapters._spans import Span, flat
+from tokenfuse.compression import CompressedInputs, prompt_adapter
+from tokenfuse.costs import attends
 from tokenfuse.errors import AttachError, PromptError, UnsupportedModelError
 from tokenfuse.plan import DROPPED, FusionPlan, Reduce
-from tokenfuse.proportional import before_attention
-from tokenfuse.registry import Registry, registry
-from tokenfuse.report import attends
-from tokenfuse.strategies.base import Attention, Strategy, Wants
+from tokenfuse.prompt.cache import as_argument, cache_of
+from tokenfuse.registry import Registry, default_registry
+from tokenfuse.sessions.proportional import before_attention
+from tokenfuse.strategies._base import Attention, Strategy, Wants
 from tokenfuse.testing.oracle import DeletedRun, MaskedRun
 from tokenfuse.tokens import Modality, VisualTokens
 
@@ -113,7 +113,7 @@ class AdapterConformance:
 
     adapter: ClassVar[str | None] = None
     """The name of the adapter that should be found for the model."""
-    among: ClassVar[Registry | None] = None
+    registry: ClassVar[Registry | None] = None
     """Where the adapter is registered, if not as an installed plugin."""
     modalities: ClassVar[Sequence[Modality]] = ("image", "video")
     """What prompts may show."""
@@ -124,7 +124,7 @@ class AdapterConformance:
     """Whether the model itself takes several images, or videos, in one prompt."""
     beams: ClassVar[bool] = True
     """Whether the model itself can search with beams when it is shown something."""
-    image_blocks: ClassVar[ImageBlocks] = "images"
+    frames_as_images: ClassVar[bool] = False
     causal: ClassVar[bool] = True
     """Whether text sees only what comes before it."""
     text_type: ClassVar[int] = 0
@@ -153,8 +153,9 @@ class AdapterConformance:
             "dropped": list(DROPS),
             "side": ["left", "right"],
         }
-        for name in values.keys() & set(metafunc.fixturenames):
-            metafunc.parametrize(name, values[name])
+        for name in values:
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, values[name])
 
     def cases(self) -> dict[str, list[list[Part]]]:
         """The prompts by name: one item, several, both orders, and a batch padded on each side."""
@@ -195,12 +196,19 @@ class AdapterConformance:
     ) -> CompressedInputs:
         """``tokenfuse.compress`` as this model needs it."""
         return tokenfuse.compress(
-            model, inputs, strategy, image_blocks=self.image_blocks, among=self.among, **options
+            model,
+            inputs,
+            strategy,
+            frames_as_images=self.frames_as_images,
+            registry=self.registry,
+            **options,
         )
 
     def attach(self, model: Any, strategy: Strategy = HALF) -> Any:
         """``tokenfuse.attach`` as this model needs it."""
-        return tokenfuse.attach(model, strategy, image_blocks=self.image_blocks, among=self.among)
+        return tokenfuse.attach(
+            model, strategy, frames_as_images=self.frames_as_images, registry=self.registry
+        )
 
     def placeholders(self, model: Any, inputs: Mapping[str, Any], modality: Modality) -> Tensor:
         """Which tokens stand for a feature of a modality, by the model's config alone."""
@@ -232,7 +240,7 @@ class AdapterConformance:
         owner = torch.arange(ids.shape[1]).expand_as(ids)
         adapter = self.adapter_of(model)
         with torch.no_grad():
-            encoded = adapter.encode(inputs, image_blocks=self.image_blocks, since=since)
+            encoded = adapter.encode(inputs, frames_as_images=self.frames_as_images, since=since)
         for part in encoded:
             here = self.placeholders(model, inputs, part.modality)
             hidden = hidden.masked_scatter(here, ~part.keep_mask(plans[part.modality]))
@@ -266,7 +274,7 @@ class AdapterConformance:
 
     def adapter_of(self, model: Any) -> Adapter:
         """The adapter that is found for the model."""
-        return prompt_adapter(model, self.among or registry())
+        return prompt_adapter(model, self.registry or default_registry())
 
     def close(self, mine: Tensor, theirs: Tensor) -> None:
         """Assert that two tensors are equal up to rounding."""
@@ -312,7 +320,7 @@ class AdapterConformance:
         if positions.ndim == 2:
             pytest.skip("1-D rope knows no rows and columns")
         with torch.no_grad():
-            encoded = adapter.encode(inputs, image_blocks=self.image_blocks)
+            encoded = adapter.encode(inputs, frames_as_images=self.frames_as_images)
         for part in encoded:
             here = self.placeholders(model, inputs, part.modality)
             rope = positions[-2:].expand(2, *here.shape)[:, here]
@@ -363,7 +371,7 @@ class AdapterConformance:
         model, inputs = self.model(self.attentions[0]), self.inputs(alone)
         short = self.compress(model, inputs, Halves())
         with torch.no_grad():
-            encoded = self.adapter_of(model).encode(inputs, image_blocks=self.image_blocks)
+            encoded = self.adapter_of(model).encode(inputs, frames_as_images=self.frames_as_images)
         for part in encoded:
             fused = short["mm_encoder_outputs"][part.modality]
             assert type(fused) is type(part.output)
@@ -602,7 +610,7 @@ class AdapterConformance:
 
         One prompt over three turns, or two prompts that lose unequally many tokens over two.
         """
-        if not self.several and self.image_blocks == "images":
+        if not self.several and not self.frames_as_images:
             pytest.skip("this model takes one item in a prompt")
         kind = self.modalities[-1]
         turns: list[list[list[Part]]] = [
@@ -677,7 +685,9 @@ class AdapterConformance:
             for turn in turns:
                 inputs = self.prompt([turn[row]])
                 # What its class compresses by itself, also while the model is attached.
-                found = self.adapter_of(model).encode(inputs, image_blocks=self.image_blocks)
+                found = self.adapter_of(model).encode(
+                    inputs, frames_as_images=self.frames_as_images
+                )
                 for part in found:
                     plans = [strategy.plan(tokens) for tokens in part.items]
                     merged.setdefault(part.modality, []).extend(plans)
@@ -822,7 +832,7 @@ class AdapterConformance:
             pytest.skip("this adapter supplies no saliency")
         wants: dict[Modality, Wants] = {m: Wants(Attention(-1)) for m in MODALITIES}
         with torch.no_grad():
-            encoded = self.adapter_of(model).encode(inputs, wants, self.image_blocks)
+            encoded = self.adapter_of(model).encode(inputs, wants, self.frames_as_images)
         for part in encoded:
             for tokens in part.items:
                 assert tokens.saliency is not None

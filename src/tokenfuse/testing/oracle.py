@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenfuse.adapters.base import PER_TOKEN
-from tokenfuse.proportional import before_attention
+from tokenfuse.adapters._base import PER_TOKEN
+from tokenfuse.sessions.proportional import before_attention
 
 
 class MaskedRun:

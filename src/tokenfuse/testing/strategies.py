@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tokenfuse.config import KEY, load_strategy
+from tokenfuse.config import KEY, get_strategy
+from tokenfuse.ops.select import budget
 from tokenfuse.plan import DROPPED, FusionPlan
-from tokenfuse.registry import registry
-from tokenfuse.strategies.base import Compressed, Strategy
-from tokenfuse.strategies.select import budget
+from tokenfuse.registry import default_registry
+from tokenfuse.strategies._base import Compressed, Strategy
 from tokenfuse.tokens import Grid, VisualTokens, grid_coords
 
 Kind = Literal["random", "video", "scenes", "palette", "identical", "static", "zeros", "some zeros"]
@@ -484,9 +484,9 @@ class StrategyConformance:
         for options in self._options(0.3, 1.0):
             strategy = self.make(**options)
             described = json.loads(json.dumps(strategy.describe()))
-            entry = registry().strategies.get(strategy.name)
+            entry = default_registry().strategies.get(strategy.name)
             if entry is not None and entry.cls is type(strategy):
-                again = load_strategy(described)
+                again = get_strategy(described)
             else:
                 assert described.pop(KEY) == strategy.name
                 again = type(strategy)(**described)

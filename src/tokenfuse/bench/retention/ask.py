@@ -13,27 +13,20 @@ from typing import Any
 
 import torch
 
-from tokenfuse.adapters.base import Adapter
+from tokenfuse.adapters._base import Adapter
 from tokenfuse.bench.compare import generate
 from tokenfuse.bench.micro import LONGEST, encoding_once, texts
-from tokenfuse.bench.retention.plan import (
-    BLIND,
-    CHECKS,
-    UNCOMPRESSED,
-    UNDECIDED,
-    Plan,
-    Setting,
-)
+from tokenfuse.bench.retention.plan import BLIND, CHECKS, UNCOMPRESSED, UNDECIDED, Plan, Setting
 from tokenfuse.bench.retention.records import Answers, Clips, Described, Header, Records
-from tokenfuse.engine import compress_with, prompt_adapter
+from tokenfuse.compression import compress_with, prompt_adapter
+from tokenfuse.costs import versions
 from tokenfuse.errors import ConfigError
-from tokenfuse.inference import load
+from tokenfuse.inference.run import load
 from tokenfuse.micro.evaluate import clip_inputs
 from tokenfuse.micro.questions import SUBTLE, StratumTask
 from tokenfuse.micro.strata import StratumClip, make_stratum_clip
 from tokenfuse.plan import FusionPlan
-from tokenfuse.registry import registry
-from tokenfuse.report import versions
+from tokenfuse.registry import default_registry
 
 Tick = Callable[[str, int], None]
 """Hears of each setting of each task when it is done: what was done, and how many answers."""
@@ -123,13 +116,13 @@ def _ask_task(
         records.append(Clips(task=task, displacement=moved))
     inputs = clip_inputs(processor, clips, [clip.question.text for clip in clips])
     inputs = inputs.to(model.device)
-    found = registry()
-    adapter = encoding_once(prompt_adapter(model, found))
+    registry = default_registry()
+    adapter = encoding_once(prompt_adapter(model, registry))
     for setting in missing:
         if isinstance(setting, str):
             key, short = setting, _shown(adapter, inputs, clips, setting)
         else:
-            key, short = setting.key, compress_with(adapter, inputs, setting.strategy, found)
+            key, short = setting.key, compress_with(adapter, inputs, setting.strategy, registry)
         ids, _ = generate(model, short, LONGEST)
         left = adapter.placeholders(short, "video").sum(-1).tolist()
         records.append(_answers(clips, key, texts(processor, ids), left))

@@ -17,7 +17,7 @@ from tokenfuse.bench.retention.summary import (
     label,
 )
 from tokenfuse.config import KEY
-from tokenfuse.report import versions
+from tokenfuse.costs import versions
 
 NONE = "–"
 BEYOND_CHANCE = 0.01

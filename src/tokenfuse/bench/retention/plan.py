@@ -14,13 +14,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenfuse.bench.candidates import ALL, comparable
-from tokenfuse.config import KEY, load_strategy
+from tokenfuse.config import KEY, get_strategy
 from tokenfuse.errors import ConfigError
 from tokenfuse.micro.motion import MOTIONS, Motion
 from tokenfuse.micro.questions import PLAIN, SUBTLE, StratumTask
 from tokenfuse.micro.strata import LEAST, LEAST_FOR, Stratum, refusal
 from tokenfuse.registry import Registry
-from tokenfuse.strategies.base import Strategy
+from tokenfuse.strategies._base import Strategy
 
 UNCOMPRESSED = "uncompressed"
 BLIND = "blind"
@@ -105,14 +105,14 @@ def read_plan(path: Path) -> Plan:
         raise ConfigError(f"{path}: {at}: {first['msg']}; got {first['input']!r}") from error
 
 
-def settings(plan: Plan, among: Registry) -> list[Setting]:
+def settings(plan: Plan, registry: Registry) -> list[Setting]:
     """Every point of every sweep, equal ones once. Raises ConfigError."""
     found: dict[str, Setting] = {}
     names = [sweep.name for sweep in plan.sweeps]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"sweeps: {', '.join(sorted(twice))}: two have this name: rename one")
     for sweep in plan.sweeps:
-        for point, strategy in _points(sweep, among):
+        for point, strategy in _points(sweep, registry):
             key = key_of(strategy)
             setting = found.setdefault(key, Setting(key, strategy, {}))
             setting.where[sweep.name] = point
@@ -128,10 +128,10 @@ def key_of(strategy: Strategy) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def _points(sweep: Sweep, among: Registry) -> Iterator[tuple[dict[str, Any], Strategy]]:
-    wide = sweep.strategy == ALL and ALL not in among.strategies
-    for source in comparable(among) if wide else [sweep.strategy]:
+def _points(sweep: Sweep, registry: Registry) -> Iterator[tuple[dict[str, Any], Strategy]]:
+    wide = sweep.strategy == ALL and ALL not in registry.strategies
+    for source in comparable(registry) if wide else [sweep.strategy]:
         for values in itertools.product(*sweep.grid.values()):
             point = dict(zip(sweep.grid, values, strict=True))
-            strategy = load_strategy(source, point, among=among)
+            strategy = get_strategy(source, **point, registry=registry)
             yield {KEY: strategy.name, **point}, strategy

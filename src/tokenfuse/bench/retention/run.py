@@ -25,7 +25,7 @@ from tokenfuse.bench.retention.plan import Plan, Setting, settings
 from tokenfuse.bench.retention.records import Records, alone
 from tokenfuse.bench.retention.summary import Summary
 from tokenfuse.errors import ConfigError
-from tokenfuse.registry import registry
+from tokenfuse.registry import default_registry
 
 
 def retention(
@@ -44,7 +44,7 @@ def retention(
     """
     out.mkdir(parents=True, exist_ok=True)
     check(out / "any.png")
-    chosen = settings(plan, registry())
+    chosen = settings(plan, default_registry())
     if not any(map(plan.strata, plan.tasks)):
         raise ConfigError(
             f"no task of {', '.join(plan.tasks) or 'none'} makes sense under "

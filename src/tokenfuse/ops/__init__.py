@@ -1,0 +1,1 @@
+"""Pure tensor functions for authors of strategies."""

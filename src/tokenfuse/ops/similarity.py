@@ -1,0 +1,163 @@
+"""Cosines: of tokens with each other, row by row, and the nearest of many. Pure tensor maths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokenfuse.ops.select import CHUNK, first_argmax
+
+NO_MATCH = -2.0
+"""Similarity of a token that matches nothing, below every cosine."""
+
+
+STEP = 2.0**-17
+"""Cosines are rounded to multiples of this, some ten times what fp32 gets wrong."""
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether ``x`` lies where reading a value waits for nothing."""
+    return x.device.type == "cpu"
+
+
+def unit(x: Float[Tensor, "*n D"]) -> tuple[Float[Tensor, "*n D"], Bool[Tensor, "*n"]]:
+    """The vectors at length 1, fp32, and which are blank.
+
+    Blank ones are zero, or so small or large that fp32 cannot hold their square; they become zero.
+    """
+    wide = x.to(torch.float32)
+    norm = torch.linalg.vector_norm(wide, dim=-1)
+    sound = _is_sound(norm)
+    return torch.where(sound[..., None], wide / norm[..., None], 0.0), sound.logical_not()
+
+
+def cosine(queries: Float[Tensor, "F n D"], near: Float[Tensor, "R m D"]) -> Float[Tensor, "F n m"]:
+    """Cosine of each query with each of the ``m`` tokens of its frame (``R`` is 1 or ``F``), fp32.
+
+    Rounded to multiples of STEP, so that a tie is a tie whatever order the products are summed in.
+    NO_MATCH where either vector is zero, or so small or large that fp32 cannot hold its square.
+    """
+    q, r = queries.to(torch.float32), near.to(torch.float32)
+    q_norm, r_norm = torch.linalg.vector_norm(q, dim=-1), torch.linalg.vector_norm(r, dim=-1)
+    if r.shape[0] == 1:
+        dots = (q.flatten(0, 1) @ r[0].T).view(q.shape[0], q.shape[1], r.shape[1])
+    else:
+        dots = q @ r.mT
+    similar = (dots / q_norm[:, :, None] / r_norm[:, None, :]).div_(STEP).round_().mul_(STEP)
+    exists = _is_sound(q_norm)[:, :, None] & _is_sound(r_norm)[:, None, :]
+    return torch.where(exists, similar, NO_MATCH)
+
+
+def _is_sound(norm: Tensor) -> Tensor:
+    return (norm > 1e-17) & (norm < 1e18)
+
+
+def likeness(
+    frames: Float[Tensor, "F n D"], others: Float[Tensor, "R m D"]
+) -> Float[Tensor, "F n m"]:
+    """``cosine``, fp32 and rounded as there, but 0 where a vector is zero."""
+    similar = cosine(frames, others)
+    return torch.where(similar == NO_MATCH, 0, similar)
+
+
+def pairwise_likeness(x: Float[Tensor, "n D"], y: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
+    """``likeness`` of each row of ``x`` with the same row of ``y``."""
+    return likeness(x[:, None], y[:, None])[:, 0, 0]
+
+
+def nearest(
+    queries: Float[Tensor, "n D"], keys: Float[Tensor, "m D"]
+) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
+    """The greatest cosine of each query with any key, fp32, and which; the lowest index on ties.
+
+    A zero vector matches nothing: similarity NO_MATCH and key 0.
+    """
+    found = []
+    for part in queries.split(max(1, CHUNK // keys.shape[0])):
+        similar = cosine(part[None], keys[None])[0]
+        found.append((similar.amax(-1), first_argmax(similar)))
+    best, index = zip(*found, strict=True)
+    return torch.cat(best), torch.cat(index)
+
+
+def nearest_per_row(
+    queries: Float[Tensor, "B n D"], keys: Float[Tensor, "B m D"]
+) -> tuple[Float[Tensor, "B n"], Int[Tensor, "B n"]]:
+    """The greatest cosine of each query with a key of its row, fp32, and which; lowest on ties.
+
+    A zero vector matches nothing: similarity NO_MATCH and key 0.
+    """
+    (query, lost), (key, blank) = unit(queries), unit(keys)
+    # In units of STEP: rounding makes a tie a tie whatever order the products are summed in.
+    query, worst = query / STEP, NO_MATCH / STEP
+    bias = torch.where(blank, worst, 0.0)[:, None, :]
+    # On a CPU what is compared stays in cache.
+    held = CHUNK // 64 if on_host(keys) else CHUNK
+    found = []
+    for part in query.split(max(1, held // blank.numel()), dim=1):
+        # max returns the first of equals.
+        found.append(torch.baddbmm(bias, part, key.mT).round_().max(-1))
+    best, index = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+    best = torch.where(lost, NO_MATCH, best * STEP)
+    return best, torch.where(lost, 0, index)
+
+
+ROWS = 512
+"""Rows of a block: large enough for a fast product, small enough to waste little."""
+
+
+def in_steps(cosines: Tensor) -> Tensor:
+    """Whole multiples of STEP, so that a tie is a tie whatever order products are summed in."""
+    return (cosines / STEP).round_()
+
+
+class Cosines:
+    """Cosine of each token with every other, fp32; 0 where one of them is blank.
+
+    ``hold``: compute all at once, for no more than CHUNK; otherwise each row when asked for.
+    """
+
+    def __init__(self, features: Float[Tensor, "N D"], hold: bool) -> None:
+        self.units, self.blank = unit(features)
+        self.num_tokens, self.width = features.shape
+        self._all = self._compute() if hold else None
+
+    def row(self, index: Int[Tensor, " 1"]) -> Float[Tensor, " N"]:
+        """The cosines of one token with all, itself included."""
+        if self._all is not None:
+            return self._all.index_select(0, index)[0]
+        return self.units @ self.units.index_select(0, index)[0]
+
+    def nearest(self) -> Float[Tensor, " N"]:
+        """The greatest cosine of each token with another; -inf for an only token."""
+        if self._all is not None:
+            diagonal = self._all.diagonal()
+            own = diagonal.clone()
+            diagonal.fill_(-torch.inf)
+            best = self._all.amax(1)
+            diagonal.copy_(own)
+            return best
+        best = torch.full_like(self.units[:, 0], -torch.inf)
+        for start, block in self._blocks():
+            block.diagonal().fill_(-torch.inf)
+            rows, columns = best[start : start + block.shape[0]], best[start:]
+            torch.maximum(columns, block.amax(0), out=columns)
+            torch.maximum(rows, block.amax(1), out=rows)
+        return best
+
+    def _compute(self) -> Tensor:
+        everything = self.units.new_empty((self.num_tokens, self.num_tokens))
+        for start, block in self._blocks():
+            stop = start + block.shape[0]
+            everything[start:stop, start:] = block
+            everything[start:, start:stop] = block.T
+        return everything
+
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Rows from ``start``, and columns from ``start`` on: every pair once."""
+        step = max(1, min(ROWS, CHUNK // self.num_tokens))
+        for start in range(0, self.num_tokens, step):
+            yield start, self.units[start : start + step] @ self.units[start:].T

@@ -1,0 +1,1 @@
+"""Ids, masks and positions of prompts: pure functions that never see a model."""

@@ -1,0 +1,80 @@
+"""Which key of a shorter prompt stands for which tokens of the whole one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from tokenfuse.plan import DROPPED
+
+
+@dataclass(frozen=True, eq=False)
+class Shares:
+    """Which keys of a shorter prompt stand for the ``N`` tokens of the whole one.
+
+    ``key (B, N)``: the column of the shorter prompt that each was fused into, or -1.
+    ``first_query (B, N)``: the first of its columns that would have seen it. ``num_keys``: how many
+    columns it has, M.
+    """
+
+    key: Int[Tensor, "B N"]
+    first_query: Int[Tensor, "B N"]
+    num_keys: int
+
+    @classmethod
+    def of(
+        cls,
+        owner: Int[Tensor, "B N"],
+        seen_from: Int[Tensor, "B N"],
+        columns: Int[Tensor, "B M"],
+        valid: Bool[Tensor, "B M"],
+    ) -> Shares:
+        """Shares by columns of the whole prompt.
+
+        ``owner``: the column of the token that each was fused into, or -1. ``seen_from``: the first
+        column that sees each. ``columns``, ``valid``: those that are left, padding marked false.
+        """
+        # Padding stands in the column of some token that is gone, whose place it must not take.
+        whole, left = owner.shape[1], columns.shape[1]
+        slots = torch.arange(left, device=columns.device).expand_as(columns)
+        places = columns.new_full((len(columns), whole + 1), left)
+        places = places.scatter(1, torch.where(valid, columns, whole), slots)[:, :whole]
+        # The place of a token that is gone is that of the next one that is left.
+        after = places.flip(-1).cummin(-1).values.flip(-1)
+        key = nn.functional.pad(places.masked_fill(places == left, DROPPED), (0, 1), value=DROPPED)
+        key = key.gather(-1, torch.where(owner == DROPPED, whole, owner))
+        return cls(key, after.gather(-1, seen_from), left)
+
+    @classmethod
+    def once(cls, tokens: int, columns: Int[Tensor, "B M"], valid: Bool[Tensor, "B M"]) -> Shares:
+        """Those of a whole prompt of so many ``tokens`` where all that are left count once."""
+        own = torch.arange(tokens, device=columns.device).expand(len(columns), -1)
+        return cls.of(own, own, columns, valid)
+
+    def after(self, earlier: Shares, tokens: int) -> Shares:
+        """These, but for the first ``tokens``, which are as in the prompt that this one goes on."""
+        key = torch.cat([earlier.key[:, :tokens], self.key[:, tokens:]], -1)
+        first = torch.cat([earlier.first_query[:, :tokens], self.first_query[:, tokens:]], -1)
+        return replace(self, key=key, first_query=first)
+
+    def repeat(self, times: int) -> Shares:
+        """Those of a batch whose rows were repeated."""
+        key, first = (x.repeat_interleave(times, 0) for x in (self.key, self.first_query))
+        return replace(self, key=key, first_query=first)
+
+    def counts(self, first: int, queries: int) -> Int[Tensor, "B Q M"]:
+        """How many tokens each key stands for, as each of ``queries`` columns from ``first`` sees.
+
+        At least 1.
+        """
+        # Each token counts from one query on: mark that one, then sum along the queries.
+        row = (self.first_query - first).clamp(0, queries)
+        column = torch.where(self.key == DROPPED, self.num_keys, self.key)
+        width = self.num_keys + 1
+        marks = row.new_zeros(len(row), (queries + 1) * width, dtype=torch.int32)
+        marks.scatter_add_(1, row * width + column, torch.ones_like(row, dtype=torch.int32))
+        seen = marks.view(len(row), queries + 1, width)[:, :queries, : self.num_keys]
+        return seen.cumsum(1, dtype=torch.int32).clamp_min_(1)

@@ -1,0 +1,181 @@
+"""What every strategy is: a validated configuration that makes a plan."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from tokenfuse.errors import ConfigError
+from tokenfuse.ops.select import budget
+from tokenfuse.plan import FusionPlan
+from tokenfuse.tokens import Grid, Modality, VisualTokens
+
+Stage = Literal["vision", "pre_llm", "llm"]
+Need = Literal["grid", "saliency", "text"]
+
+ABOUT_PROMPTS = ("positions", "attention")
+"""Options that say how the whole prompt is read, whatever survives."""
+
+
+class Attention(NamedTuple):
+    """Which attention of the vision tower a saliency is.
+
+    ``block``: the vision block, negative from the last. ``query``: ``"each"`` is what the class
+    token pays to a token or, where there is no class token, the average of what every query of its
+    frame pays; ``"mean"`` is what the frame's mean query pays. Both are means over heads, and sum
+    to 1 over a frame.
+    """
+
+    block: int = -1
+    query: Literal["each", "mean"] = "each"
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What one configured strategy asks the adapter for, beside features."""
+
+    attention: Attention | None = None
+    text: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """What is left of one item: features ``(M, D)``, coords ``(M, 3)``, sizes ``(M,)``, plan."""
+
+    features: Float[Tensor, "M D"]
+    coords: Int[Tensor, "M 3"]
+    sizes: Int[Tensor, " M"]
+    plan: FusionPlan
+
+
+class Strategy(BaseModel, ABC):
+    """Decides which visual tokens survive.
+
+    A subclass declares its options as pydantic fields, sets ``name`` and writes ``plan``. It sees
+    tokens, never a model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    """What configurations call it."""
+    stage: ClassVar[Stage] = "pre_llm"
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What it must have beside features: every place of the ``grid``, ``saliency``, ``text``."""
+    temporal: ClassVar[bool] = False
+    """Whether it compares frames, so that it leaves an item of one frame as it is."""
+    paper: ClassVar[str] = ""
+    """Where the method was published."""
+    experimental: ClassVar[bool] = False
+    """Whether it is a reconstruction that nothing could be compared with."""
+
+    positions: Literal["keep", "contiguous"] = Field(
+        "keep",
+        description="keep: survivors and all that follows keep the positions of the uncompressed "
+        "prompt; contiguous: renumber without gaps, for comparison",
+    )
+    attention: Literal["plain", "proportional"] = Field(
+        "plain",
+        description="proportional: inside attach, the language model's attention weighs a survivor "
+        "by the tokens that were fused into it; plain: every survivor counts once",
+    )
+
+    @abstractmethod
+    def plan(self, tokens: VisualTokens) -> FusionPlan:
+        """The plan for one item."""
+
+    def fuse(self, plan: FusionPlan, x: Float[Tensor, "N D"]) -> Float[Tensor, "M D"]:
+        """Apply ``plan`` to the features, or to one layer's DeepStack features."""
+        return plan.fuse(x)
+
+    def compress(self, tokens: VisualTokens) -> Compressed:
+        """Tokens and positions in, fewer tokens and their positions out."""
+        plan = self.plan(tokens)
+        return Compressed(
+            self.fuse(plan, tokens.features), plan.select(tokens.coords), plan.sizes, plan
+        )
+
+    def wants(self) -> Wants:
+        """What the adapter has to compute for this configuration."""
+        return Wants(Attention() if "saliency" in self.needs else None, "text" in self.needs)
+
+    def for_modality(self, modality: Modality) -> Strategy | None:
+        """The strategy for images or for videos; None where they are left as they are."""
+        return self
+
+    def num_kept(self, grid: Grid) -> int | None:
+        """Survivors of an item of this grid, or None where the count depends on the content."""
+        return None
+
+    def matching_flops(self, grid: Grid, width: int) -> int:
+        """Multiply-adds spent on comparing tokens of this grid and feature width."""
+        return 0
+
+    def about_prompts(self) -> list[str]:
+        """Which of the options that are about the whole prompt are not at their defaults."""
+        fields = type(self).model_fields
+        return [name for name in ABOUT_PROMPTS if getattr(self, name) != fields[name].default]
+
+    def describe(self) -> dict[str, Any]:
+        """The configuration that makes this strategy again, ``{"strategy": name, ...}``."""
+        return {"strategy": self.name, **self.model_dump(mode="json")}
+
+
+class Budgeted(Strategy):
+    """A strategy that keeps exactly ⌈keep_ratio · N⌉ tokens where ``keep_ratio`` is given.
+
+    A subclass writes ``choose`` instead of ``plan``. It overrides ``num_kept`` where its own
+    options fix the count, and writes ``choose_freely`` where they do not.
+
+    A ``temporal`` one keeps all of an item of one frame, whatever its options say.
+    """
+
+    keep_ratio: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of tokens to keep, exactly, instead of the strategy's own options",
+    )
+
+    @abstractmethod
+    def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
+        """The plan with ``count`` survivors, at least one and fewer than there are tokens."""
+
+    def choose_freely(self, tokens: VisualTokens) -> FusionPlan:
+        """The plan by the strategy's own options, where how many survive depends on the content.
+
+        Raises ConfigError where the strategy has no such options: it needs a ``keep_ratio``.
+        """
+        raise ConfigError(
+            f"strategy {self.name} has no option but keep_ratio to say how many tokens stay; "
+            "expected one, such as keep_ratio: 0.5"
+        )
+
+    @torch.no_grad()
+    def plan(self, tokens: VisualTokens) -> FusionPlan:
+        n = tokens.num_tokens
+        if self._passes(tokens.grid):
+            return FusionPlan.identity(n, tokens.features.device)
+        # In a chain there are fewer tokens than places.
+        count = budget(self.keep_ratio, n) if self.keep_ratio else self.num_kept(tokens.grid)
+        if count is None:
+            return self.choose_freely(tokens)
+        if count >= n:
+            return FusionPlan.identity(n, tokens.features.device)
+        return self.choose(tokens, count)
+
+    def num_kept(self, grid: Grid) -> int | None:
+        if self._passes(grid):
+            return prod(grid)
+        return budget(self.keep_ratio, prod(grid)) if self.keep_ratio else None
+
+    def _passes(self, grid: Grid) -> bool:
+        """Whether an item of this grid has nothing to compare."""
+        return self.temporal and grid[0] == 1

@@ -1,0 +1,155 @@
+"""Merging inside windows of frames: places that stand still over time, the rest frame by frame.
+
+A window is a run of frames. Each of its places either stands still, and is then one token for the
+whole window, or moves, and has a token in every frame. Within a window the still places are one
+group, and the moving places of each frame are another; groups are then thinned out separately.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tokenfuse.ops.apportion import apportion
+from tokenfuse.ops.cluster import density_peaks, nearest_centre
+from tokenfuse.ops.select import top_per_row, true_indices
+from tokenfuse.ops.similarity import cosine
+from tokenfuse.plan import DROPPED, FusionPlan
+
+
+def share_out(total: int, weights: list[int], most: list[int] | int, least: int = 0) -> list[int]:
+    """``apportion`` for numbers that the host knows."""
+    if not weights:
+        return []
+    rows, caps = (torch.tensor(numbers, device="cpu") for numbers in (weights, most))
+    return apportion(rows, total, caps, least).tolist()
+
+
+def runs(frames: int, cuts: set[int]) -> list[range]:
+    """The frames in runs that end after each frame of ``cuts``."""
+    ends = [t + 1 for t in sorted(cuts) if 0 <= t < frames - 1]
+    return [range(start, stop) for start, stop in pairwise([0, *ends, frames])]
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Windows of a video of ``P`` places per frame, in order, and which places stand still.
+
+    ``numbers``: how many places of each window stand still. Groups are numbered: the still places
+    of each window first, then the moving ones of each frame.
+    """
+
+    spans: list[range]
+    still: Bool[Tensor, "W P"]
+    numbers: list[int]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """How many tokens each group has after still places became one token each."""
+        places = self.still.shape[1]
+        moving = [
+            places - n for n, span in zip(self.numbers, self.spans, strict=True) for _ in span
+        ]
+        return self.numbers + moving
+
+    @cached_property
+    def moving(self) -> Bool[Tensor, "T P"]:
+        lengths = [len(span) for span in self.spans]
+        return torch.cat([~row.expand(k, -1) for row, k in zip(self.still, lengths, strict=True)])
+
+    def quotas(self, count: int) -> list[int]:
+        """``count`` tokens for the groups in proportion to their sizes, one each at least.
+
+        The largest remainders get what rounding leaves, the earliest on ties.
+        """
+        return share_out(count, self.sizes, self.sizes, least=1)
+
+    def plan(
+        self,
+        frames: Float[Tensor, "T P D"],
+        quotas: list[int],
+        neighbours: int,
+        count: int,
+        salient: Bool[Tensor, "T P"] | None = None,
+        contextual: list[int] | None = None,
+    ) -> FusionPlan:
+        """The plan with ``quotas`` survivors of each group, ``count`` in all.
+
+        A group of still places becomes clusters of temporal means. In a frame the ``salient``
+        tokens (none by default) stay as they are, and the rest becomes ``contextual`` clusters (by
+        default its whole quota). A group, or rest of one, with no cluster is dropped. A token of
+        still places has its centre's place in the first frame of the window.
+
+        If ``count`` is more than the quotas' sum, still tokens leave the temporal mean of their
+        place to stand for themselves, those least like the mean first (lowest index on ties).
+        """
+        t, places = frames.shape[:2]
+        index = torch.arange(t * places, device=frames.device).view(t, places)
+        clusters = quotas[len(self.spans) :] if contextual is None else contextual
+        pool = self.moving if salient is None else self.moving & ~salient
+        kept, home = cluster_rows(frames, pool, clusters, neighbours)
+        root = torch.where(home < 0, DROPPED, home + index[:, :1])
+        if salient is not None:
+            kept = kept | salient
+            root = torch.where(salient, index, root)
+
+        extra = count - sum(quotas)
+        likeness = torch.full_like(root, 4, dtype=torch.float32)
+        quotas = quotas[: len(self.spans)]
+        for number, quota, span, still in zip(
+            self.numbers, quotas, self.spans, self.still, strict=True
+        ):
+            if not quota:
+                continue
+            inside, first = slice(span.start, span.stop), span.start * places
+            mean = frames[inside].mean(0, dtype=torch.float32)
+            if quota < number:
+                centres, places_of = cluster_rows(mean[None], still[None], [quota], neighbours)
+                centres, places_of = centres[0], places_of[0]
+            else:
+                centres, places_of = still, index[0]
+            kept[span.start] |= centres
+            root[inside] = torch.where(still, places_of + first, root[inside])
+            for frame in span[1:] if extra else []:
+                similar = cosine(frames[frame, :, None], mean[:, None]).flatten()
+                likeness[frame] = torch.where(still, similar, likeness[frame])
+        if extra:
+            alone = torch.argsort(likeness.flatten(), stable=True)[:extra]
+            kept = kept.flatten().index_fill(0, alone, True)
+            root = root.flatten().scatter(0, alone, alone)
+        return plan_from(kept.flatten(), root.flatten(), count)
+
+
+def cluster_rows(
+    points: Float[Tensor, "F n D"],
+    valid: Bool[Tensor, "F n"],
+    counts: list[int],
+    neighbours: int,
+) -> tuple[Bool[Tensor, "F n"], Int[Tensor, "F n"]]:
+    """``counts[i]`` density-peak centres of each row's valid points, and each point's centre.
+
+    -1 is the centre of points that are not valid, and of those in rows without one.
+    """
+    centres = torch.zeros_like(valid)
+    home = torch.full(valid.shape, DROPPED, dtype=torch.long, device=points.device)
+    rows = [i for i, count in enumerate(counts) if count]
+    if not rows:
+        return centres, home
+    some = torch.tensor(rows, device=points.device)
+    chosen = torch.tensor([counts[i] for i in rows], device=points.device)
+    x, mask = (points, valid) if len(rows) == len(counts) else (points[some], valid[some])
+    best = top_per_row(density_peaks(x, mask, neighbours), chosen)
+    near = torch.where(mask, nearest_centre(x, best), DROPPED)
+    return centres.index_copy(0, some, best), home.index_copy(0, some, near)
+
+
+def plan_from(kept: Bool[Tensor, " N"], root: Int[Tensor, " N"], count: int) -> FusionPlan:
+    """The plan that keeps ``count`` tokens; ``root`` is each one's survivor, -1 where dropped."""
+    survivors = true_indices(kept, count)
+    slots = FusionPlan.from_survivors(survivors, kept.shape[0]).target
+    return FusionPlan(survivors, torch.where(root < 0, DROPPED, slots[root.clamp_min(0)]))
