@@ -369,7 +369,9 @@ def tiny_llama():
 
 
 @pytest.mark.parametrize(
-    "other", [tiny_llama, lambda: model_of().model, lambda: nn.Linear(2, 2)], ids=str
+    "other",
+    [tiny_llama, lambda: model_of().model, lambda: nn.Linear(2, 2)],
+    ids=["llama", "base", "linear"],
 )
 def test_a_model_without_an_adapter_is_refused(other):
     other = other()
