@@ -12,6 +12,7 @@ from tokenfuse.plan import FusionPlan
 from tokenfuse.registry import Registered
 from tokenfuse.registry import default_registry as _registry
 from tokenfuse.report import Report
+from tokenfuse.sessions._attached import is_attached
 from tokenfuse.sessions.attach import attach
 from tokenfuse.sessions.vlm import Session
 from tokenfuse.strategies._base import Compressed, Strategy
@@ -34,6 +35,7 @@ __all__ = [
     "compress",
     "get_strategy",
     "hookimpl",
+    "is_attached",
     "list_adapters",
     "list_strategies",
 ]

@@ -1,85 +1,148 @@
-"""``compress``: a model's inputs in, shorter inputs for the same model out."""
+"""The road of every prompt: read, encode, plan, fuse, shorten, report.
+
+First and later turns take it alike, whatever calls it: ``compress``, a session, a benchmark.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from tokenfuse.adapters._base import (
-    MODALITIES,
-    PER_TOKEN,
-    PIXELS,
-    Adapter,
-    Encoded,
-    Plans,
-)
-from tokenfuse.config import StrategyLike, get_strategy
-from tokenfuse.costs import Stopwatch, kv_cache_bytes, prefill_flops, versions
+from tokenfuse.adapters._base import Adapter, Encoded
+from tokenfuse.config import Configuration, StrategyLike, get_configuration
+from tokenfuse.costs import Stopwatch, attends, kv_cache_bytes, prefill_flops, versions
 from tokenfuse.errors import ConfigError, PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
-from tokenfuse.prompt.cache import cache_of, filled_length
+from tokenfuse.prompt.inputs import MODALITIES, Prompt
 from tokenfuse.prompt.realign import PaddingSide
 from tokenfuse.prompt.shares import Shares
+from tokenfuse.prompt.turn import Item, Shortened, Turn, in_prompt_order, shorten_prompt
 from tokenfuse.registry import Registry, default_registry
 from tokenfuse.report import ItemReport, Report
-from tokenfuse.sessions.proportional import refuse_fused_kernels
-from tokenfuse.strategies._base import Strategy, Wants
+from tokenfuse.strategies._base import Strategy
 from tokenfuse.tokens import Modality, VisualTokens
 
 # Reading the metadata of packages takes milliseconds.
 _versions = functools.cache(versions)
 
+TAKES_A_BIAS = ("sdpa", "eager")
+"""Attention implementations of transformers that add a mask of floats to their logits."""
+
+
+class Observe(Protocol):
+    """Hears of each plan and each report, by the name of a hook and its arguments."""
+
+    def __call__(self, hook: str, /, **arguments: Any) -> None: ...
+
+
+def _nobody(hook: str, /, **arguments: Any) -> None:
+    """An observer that does nothing."""
+
 
 class CompressedInputs(dict[str, Any]):
-    """Keyword arguments for ``model.generate`` or ``model(...)``, with ``report`` and ``plans``.
+    """Keyword arguments for ``model.generate`` or ``model(...)``.
 
-    ``columns``: the column of the caller's prompt that each token of the shorter one comes from,
-    ``(B, L')``.
+    ``report``: what compression did. ``columns (B, L')``: the column of the caller's prompt that
+    each token comes from. ``turn``: the shorter prompt, as a cache that has read it holds it; None
+    where the prompt is text and stays as it is. Copies and pickles keep all three; ``{**short}`` is
+    a plain dict of the arguments alone.
     """
 
-    report: Report
-    plans: dict[Modality, list[FusionPlan]]
-    columns: Tensor
-    shares: Shares | None = None
-    """Which tokens each stands for, where attention is to be proportional to their number."""
+    def __init__(
+        self, arguments: Mapping[str, Any], report: Report, columns: Tensor, turn: Turn | None
+    ) -> None:
+        super().__init__(arguments)
+        self.report = report
+        self.columns = columns
+        self.turn = turn
+
+    @property
+    def plans(self) -> dict[Modality, list[FusionPlan]]:
+        """The plan of every image and video of the prompt, by modality, in prompt order."""
+        plans: dict[Modality, list[FusionPlan]] = {}
+        for item in () if self.turn is None else self.turn.items:
+            plans.setdefault(item.modality, []).append(item.plan)
+        return plans
+
+    def to(self, device: torch.device | str) -> CompressedInputs:
+        """The same with every tensor on another device."""
+        return CompressedInputs(
+            _moved(dict(self), device), self.report, *_moved((self.columns, self.turn), device)
+        )
+
+    def copy(self) -> CompressedInputs:
+        return CompressedInputs(self, self.report, self.columns, self.turn)
+
+    __copy__ = copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CompressedInputs, (dict(self), self.report, self.columns, self.turn)
+
+    def __repr__(self) -> str:
+        lengths = (self.report.prompt_before, self.report.prompt_after)
+        before, after = (" + ".join(map(str, each)) for each in lengths)
+        return f"CompressedInputs({before} -> {after} tokens: {', '.join(self)})"
 
 
 def compress(
     model: Any,
     inputs: Mapping[str, Any],
     strategy: StrategyLike,
+    /,
     *,
     padding_side: PaddingSide | None = None,
     frames_as_images: bool = False,
     registry: Registry | None = None,
+    **options: Any,
 ) -> CompressedInputs:
     """Encode the images and videos of ``inputs``, compress them, and return the shorter inputs.
 
     ``inputs`` are the processor's; ``strategy`` is a name, a preset, a YAML file, a mapping or a
-    Strategy. Rows are padded again on the side on which they were padded, left where they were not;
+    Strategy, and ``options`` are set over its own: ``compress(model, inputs, "ttf", window=5)``.
+    Rows are padded again on the side on which they were padded, left where they were not;
     ``padding_side`` overrides that. Some models are shown a video as images, frame by frame:
-    ``frames_as_images=True`` makes one video of the images of each prompt, so that frames are
-    compared with each other. Use the result once: ``model.generate(**short)``. Slice the
-    answer by ``short["input_ids"]``. A prompt without images or videos comes back as it was, and
+    ``frames_as_images`` makes one video of the images of each prompt, so that frames are compared
+    with each other. Use the result once: ``model.generate(**short)``. Slice the answer by
+    ``short["input_ids"]``. A prompt without images or videos comes back as it was, and
     ``report.reason`` says so. The model gets the rope delta that a later turn needs; nothing else
-    in it changes. Gradients are recorded only while the model trains.
+    in it changes.
+
+    Gradients reach the vision tower where the model trains. In eval mode nothing is kept for them,
+    and a backward pass that would need them raises UnsupportedModelError.
 
     Raises ConfigError, UnsupportedModelError, PromptError, PlanError or TokensError.
     """
     if padding_side not in (None, "left", "right"):
         raise ConfigError(f"padding_side is {padding_side!r}; valid: left, right, None (as it is)")
-    registry = registry or default_registry()
-    adapter, chosen = prompt_adapter(model, registry), get_strategy(strategy, registry=registry)
+    known = registry or default_registry()
+    adapter = prompt_adapter(model, known)
+    chosen = get_configuration(strategy, registry=known, **options)
     if chosen.attention == "proportional":
         raise ConfigError(
             "attention: proportional acts while the model reads and answers, which compress does "
             "not see; expected attention: plain, or use attach"
         )
-    return compress_with(adapter, inputs, chosen, registry, padding_side, frames_as_images)
+    refuse_unmet_needs(adapter, chosen)
+    wanted = torch.is_grad_enabled()
+    # Users answer with generate, which keeps nothing for a backward pass; neither must this.
+    with torch.set_grad_enabled(wanted and model.training):
+        short = compress_prompt(
+            adapter,
+            adapter.read(inputs),
+            chosen,
+            padding_side=padding_side,
+            frames_as_images=frames_as_images,
+            observe=known.observe,
+        )
+    if wanted and not model.training and "mm_encoder_outputs" in short:
+        refuse_backward(adapter, short["mm_encoder_outputs"])
+    return short
 
 
 def prompt_adapter(model: Any, registry: Registry) -> Adapter:
@@ -93,59 +156,107 @@ def prompt_adapter(model: Any, registry: Registry) -> Adapter:
     return adapter
 
 
-def compress_with(
+def encode_prompt(
     adapter: Adapter,
-    inputs: Mapping[str, Any],
+    prompt: Prompt,
     strategy: Strategy,
-    registry: Registry,
+    frames_as_images: bool = False,
+    after: Turn | None = None,
+) -> list[Encoded]:
+    """What the vision tower makes of a prompt, with what the strategy needs beside features."""
+    wants = {modality: part.wants() for modality, part in _parts(strategy).items()}
+    return adapter.encode(prompt, wants, frames_as_images, after)
+
+
+def compress_prompt(
+    adapter: Adapter,
+    prompt: Prompt,
+    configuration: Configuration,
+    *,
+    encoded: Sequence[Encoded] | None = None,
+    plans: Mapping[Modality, Sequence[FusionPlan]] | None = None,
+    after: Turn | None = None,
     padding_side: PaddingSide | None = None,
     frames_as_images: bool = False,
+    observe: Observe = _nobody,
 ) -> CompressedInputs:
-    """``compress`` with the adapter and the strategy at hand."""
-    refuse_unmet_needs(adapter, strategy)
-    check_prompt(adapter, inputs)
-    if not adapter.has_visuals(inputs):
-        return _unchanged(adapter, inputs, strategy, registry)
+    """The shorter inputs of a prompt that has been read.
+
+    ``encoded``: what ``encode_prompt`` made of it, if that has been done. ``plans``: one for each
+    item, in place of the strategy's. ``after``: what a cache has read of the prompt; the rest is
+    compressed, and padded on the left where rows lose unequally many tokens. ``observe`` hears of
+    each plan and of the report.
+    """
     watch = Stopwatch(adapter.model.device)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and adapter.model.training):
-        encoded = adapter.encode(inputs, wants_of(strategy), frames_as_images)
-        watch.lap()
-        plans = {part.modality: plan_items(part, strategy, registry) for part in encoded}
-        fused = fuse_all(adapter, encoded, plans, strategy)
-        watch.lap()
-    prompt, new = adapter.realign(inputs, encoded, plans, strategy.positions, padding_side)
+    strategy = configuration.strategy
+    if not prompt.shows:
+        return _unchanged(adapter, prompt, configuration, observe)
+    if encoded is None:
+        encoded = encode_prompt(adapter, prompt, strategy, frames_as_images, after)
     watch.lap()
-    read = {name for part in encoded for name in adapter.encoder_inputs(inputs, part.modality)}
-    rest = {name: value for name, value in inputs.items() if name not in read}
-    short = CompressedInputs({**rest, **prompt, "mm_encoder_outputs": fused})
-    short.plans, short.columns = plans, new.columns
-    if strategy.attention == "proportional":
-        owners, seen_from = adapter.owners(inputs, encoded, plans), adapter.seen_from(inputs)
-        short.shares = Shares.of(owners, seen_from, new.columns, new.valid)
-    after = new.valid.sum(-1)
-    before = after + new.removed
-    short.report = report_on(
-        adapter, strategy, encoded, plans, before.tolist(), after.tolist(), watch.read()
+    made = {
+        part.modality: _plans(part, strategy, observe) if plans is None else plans[part.modality]
+        for part in encoded
+    }
+    fused = {
+        part.modality: _fused(adapter, part, made[part.modality], strategy) for part in encoded
+    }
+    watch.lap()
+    held = 0 if after is None else after.length
+    marks = {part.modality: part.keep_mask(made[part.modality]) for part in encoded}
+    keep = prompt.kept(marks, held)
+    short = shorten_prompt(
+        prompt,
+        keep,
+        adapter.positions(prompt),
+        configuration.positions,
+        side=padding_side if after is None else "left",
+        after=after,
     )
-    registry.observe("tokenfuse_compressed", report=short.report)
-    return short
+    if after is not None:
+        refuse_a_gap(adapter, short.valid[:, after.ids.shape[1] :])
+    items = [
+        item
+        for part in encoded
+        for item in _items(part, made[part.modality], strategy.for_modality(part.kind))
+    ]
+    turn = replace(
+        short.turn,
+        items=in_prompt_order([*(() if after is None else after.items), *items]),
+        shares=_shares(adapter, prompt, configuration, encoded, made, short, after),
+    )
+    watch.lap()
+    counts = short.valid.sum(-1)
+    before, left = torch.stack([counts + short.removed, counts]).tolist()
+    report = _report(
+        adapter,
+        configuration,
+        [item.report for item in turn.items],
+        before,
+        left,
+        watch.read(),
+        sum(part.again for part in encoded),
+    )
+    observe("tokenfuse_compressed", report=report)
+    # What the model reads of a cache is its own delta: set last, and only here.
+    adapter.set_position_delta(short.delta)
+    read = {name for m in prompt.shows for name in adapter.encoder_inputs(prompt.inputs, m)}
+    rest = {name: value for name, value in prompt.inputs.items() if name not in read}
+    own = {
+        "input_ids": turn.ids,
+        "attention_mask": turn.mask,
+        "position_ids": turn.positions,
+        **short.per_token,
+    }
+    arguments = {**rest, **own, "mm_encoder_outputs": fused}
+    return CompressedInputs(arguments, report, turn.columns, turn)
 
 
-def _parts(strategy: Strategy) -> dict[Modality, Strategy]:
-    """The strategy of each modality that has one."""
-    parts = {modality: strategy.for_modality(modality) for modality in MODALITIES}
-    return {modality: part for modality, part in parts.items() if part is not None}
-
-
-def wants_of(strategy: Strategy) -> dict[Modality, Wants]:
-    """What the strategy of each modality asks the adapter for."""
-    return {modality: part.wants() for modality, part in _parts(strategy).items()}
-
-
-def refuse_unmet_needs(adapter: Adapter, strategy: Strategy) -> None:
+def refuse_unmet_needs(adapter: Adapter, configuration: Configuration) -> None:
     """Raise UnsupportedModelError unless the strategy can run before this model's LLM."""
-    if strategy.attention == "proportional":
+    if configuration.attention == "proportional":
         refuse_fused_kernels(adapter.model)
+    strategy = configuration.strategy
     for part in (strategy, *_parts(strategy).values()):
         if part.stage != "pre_llm":
             raise UnsupportedModelError(
@@ -163,166 +274,188 @@ def refuse_unmet_needs(adapter: Adapter, strategy: Strategy) -> None:
             )
 
 
-def check_prompt(adapter: Adapter, inputs: Mapping[str, Any]) -> None:
-    """Raise PromptError where the inputs cannot be shortened without changing what they mean."""
-    ids = getattr(inputs, "get", lambda _: None)("input_ids")
-    if not isinstance(ids, Tensor) or ids.ndim != 2:
-        raise PromptError(
-            "inputs hold no input_ids of shape (B, L); expected the processor's output with "
-            'return_tensors="pt", not inputs_embeds'
-        )
-    if inputs.get("mm_encoder_outputs"):
-        raise PromptError(
-            "inputs hold mm_encoder_outputs, features that are encoded or compressed already; "
-            "expected pixels: pass the processor's output, or leave the attach block"
-        )
-    if filled_length(cache_of(inputs)):
-        if adapter.has_visuals(inputs):
-            raise PromptError(
-                "the cache holds a prompt already, and the inputs bring images or videos; "
-                "expected an empty cache, or under attach one that its generate filled: start with "
-                "a new cache and the whole conversation"
-            )
-        return
-    if not adapter.has_visuals(inputs):
-        # Placeholders without pixels would be read as if they were words.
-        adapter.kept_columns(inputs, [], {})
-        return
-    for name in ("inputs_embeds", "cu_seq_lens_q", "cu_seq_lens_k"):
-        if inputs.get(name) is not None:
-            raise PromptError(
-                f"inputs hold {name}, which cannot be shortened; expected the processor's output, "
-                "one prompt per row"
-            )
-    if isinstance(inputs.get("logits_to_keep"), Tensor):
-        raise PromptError(
-            "logits_to_keep is a tensor of columns, which move; expected a number of last columns"
-        )
-    mask, pad = inputs.get("attention_mask"), adapter.pad_id()
-    if mask is None and pad is not None and bool((ids == pad).any()):
-        raise PromptError(
-            "input_ids hold the padding token, and attention_mask is missing; expected (B, L): "
-            "pass the processor's attention_mask"
-        )
-    for name in ("attention_mask", *PER_TOKEN):
-        value = inputs.get(name)
-        if value is not None and getattr(value, "shape", None) != ids.shape:
-            raise PromptError(
-                f"{name} has shape {tuple(getattr(value, 'shape', ()))}; expected (B, L) as "
-                f"input_ids, {tuple(ids.shape)}"
-            )
-    _check_positions(inputs.get("position_ids"), mask, ids)
-    known = {"input_ids", "attention_mask", "position_ids", *PER_TOKEN, *PIXELS.values()}
-    for name, value in inputs.items():
-        if name not in known and isinstance(value, Tensor) and value.shape[:2] == ids.shape:
-            raise PromptError(
-                f"{name} has one column per prompt token, and tokenfuse does not know how to "
-                f"shorten it; expected the processor's output: leave {name} out"
-            )
-
-
-def _check_positions(positions: Tensor | None, mask: Tensor | None, ids: Tensor) -> None:
-    if positions is None:
-        return
-    if positions.shape[-1] != ids.shape[1] or positions.ndim not in (2, 3):
-        raise PromptError(
-            f"position_ids have shape {tuple(positions.shape)}; expected (B, L), (3, B, L) or "
-            f"(4, B, L) with L = {ids.shape[1]}, or none: the model computes them"
-        )
-    text = positions[0] if positions.ndim == 3 and positions.shape[0] == 4 else positions
-    if mask is None and text.ndim == 2 and bool((text.diff() <= 0).any()):
-        raise PromptError(
-            "position_ids start anew within a row, as of several prompts packed into one; expected "
-            "one prompt per row: pad instead of packing"
+def refuse_fused_kernels(model: Any) -> None:
+    """Raise UnsupportedModelError where the model's attention takes no bias."""
+    kind = model.config.get_text_config()._attn_implementation
+    if kind not in TAKES_A_BIAS:
+        raise UnsupportedModelError(
+            f"attention: proportional adds to the logits of attention, which {kind} does not take; "
+            f"expected {' or '.join(TAKES_A_BIAS)}: load the model with "
+            'attn_implementation="sdpa", or use attention: plain'
         )
 
 
-def plan_items(
-    part: Encoded, strategy: Strategy, registry: Registry, only: Sequence[int] | None = None
-) -> list[FusionPlan]:
-    """The plans of all items of one modality, or of some."""
+def refuse_a_gap(adapter: Adapter, valid: Tensor) -> None:
+    """Raise PromptError where padding between turns would be read. One host sync for a hybrid."""
+    if not all(attends(adapter.model.config.get_text_config())) and not bool(valid.all()):
+        raise PromptError(
+            "the prompts of a batch are unequally long in a later turn, and layers of "
+            f"{type(adapter.model).__name__} that are no attention would read the padding between; "
+            "expected one prompt at a time, or a new cache"
+        )
+
+
+class _NoBackward(torch.autograd.Function):
+    """Passes features on, and raises where a gradient comes back to them."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, _: Tensor) -> Tensor:
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise UnsupportedModelError(
+            "a gradient reaches the vision tower, which compress ran in eval mode and kept nothing "
+            "of; expected model.train() before compress, or attach, or parameters of the vision "
+            "tower that need no gradient"
+        )
+
+
+def refuse_backward(adapter: Adapter, outputs: Any) -> None:
+    """Let a backward pass through encoded features raise, if the vision tower could be trained."""
+    base = adapter.model.base_model
+    decoder = {id(parameter) for parameter in adapter.model.get_decoder().parameters()}
+    if any(p.requires_grad and id(p) not in decoder for p in base.parameters()):
+        anchor = torch.zeros((), requires_grad=True)
+        marked = _mapped(outputs, lambda x: _NoBackward.apply(x, anchor))
+        outputs.update(marked)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """``value`` with every tensor in its containers changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        fields = {name: _mapped(item, change) for name, item in value.items()}
+        return fields if type(value) is dict else type(value)(**fields)
+    if isinstance(value, list | tuple):
+        parts = [_mapped(item, change) for item in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, Turn | FusionPlan | Shares):
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        return replace(value, **{name: _mapped(getattr(value, name), change) for name in names})
+    return value
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    return _mapped(value, lambda x: x.to(device))
+
+
+def _parts(strategy: Strategy) -> dict[Modality, Strategy]:
+    """The strategy of each modality that has one."""
+    parts = {modality: strategy.for_modality(modality) for modality in MODALITIES}
+    return {modality: part for modality, part in parts.items() if part is not None}
+
+
+def _plans(part: Encoded, strategy: Strategy, observe: Observe) -> list[FusionPlan]:
+    """The plan of each item of one modality."""
     plans, chosen = [], strategy.for_modality(part.kind)
-    for i in range(len(part.items)) if only is None else only:
-        tokens = part.items[i]
+    for tokens in part.items:
         if chosen is None:
             plan = FusionPlan.identity(tokens.num_tokens, tokens.features.device)
         else:
             plan = chosen.plan(tokens)
             plan.check(tokens.num_tokens)
-        registry.observe("tokenfuse_planned", tokens=tokens, plan=plan, strategy=chosen or strategy)
+        observe("tokenfuse_planned", tokens=tokens, plan=plan, strategy=chosen or strategy)
         plans.append(plan)
     return plans
 
 
-def fuse_all(
+def _fused(adapter: Adapter, part: Encoded, plans: Sequence[FusionPlan], strategy: Strategy) -> Any:
+    """The vision tower's output after the plans."""
+    by = strategy.for_modality(part.kind)
+    return adapter.fuse(part, plans, FusionPlan.fuse if by is None else by.fuse)
+
+
+def _items(part: Encoded, plans: Sequence[FusionPlan], strategy: Strategy | None) -> list[Item]:
+    """What has become of each item of one modality."""
+    return [
+        Item(
+            part.modality,
+            *place,
+            plan,
+            ItemReport(
+                modality=part.kind,
+                grid=tokens.grid,
+                tokens_before=plan.num_source,
+                tokens_after=plan.num_kept,
+                frame_tokens_after=plan.frame_counts(tokens.grid).tolist(),
+                matching_flops=0
+                if strategy is None
+                else strategy.matching_flops(tokens.grid, tokens.features.shape[-1]),
+                reason=_why_whole(strategy, part.kind, tokens, plan),
+            ),
+        )
+        for place, tokens, plan in zip(part.places, part.items, plans, strict=True)
+    ]
+
+
+def _shares(
     adapter: Adapter,
+    prompt: Prompt,
+    configuration: Configuration,
     encoded: Sequence[Encoded],
-    plans: Plans,
-    strategy: Strategy,
-    only: Mapping[Modality, Sequence[int]] | None = None,
-) -> dict[Modality, Any]:
-    """The vision tower's outputs after the plans, of all items or of ``only`` some."""
-    fused = {}
-    for part in encoded:
-        chosen = None if only is None else only[part.modality]
-        if chosen is None or chosen:
-            by = strategy.for_modality(part.kind)
-            fuse = FusionPlan.fuse if by is None else by.fuse
-            fused[part.modality] = adapter.fuse(part, plans[part.modality], fuse, chosen)
-    return fused
+    plans: Mapping[Modality, Sequence[FusionPlan]],
+    short: Shortened,
+    after: Turn | None,
+) -> Shares | None:
+    """Which tokens each column of the short prompt stands for, if anything is read by that."""
+    proportional = configuration.attention == "proportional"
+    if not proportional and (after is None or after.shares is None):
+        return None
+    held = 0 if after is None else after.length
+    if proportional:
+        features = {part.modality: part.owners(plans[part.modality]) for part in encoded}
+        owner, seen_from = prompt.owners(features, held), adapter.seen_from(prompt)
+    else:
+        owner = seen_from = prompt.owners({})
+    shares = Shares.of(owner, seen_from, short.turn.columns, short.valid)
+    # What the cache holds was read by its own shares, whatever this configuration says.
+    return shares if after is None else shares.continuing(after.read_as)
 
 
 def _unchanged(
-    adapter: Adapter, inputs: Mapping[str, Any], strategy: Strategy, registry: Registry
+    adapter: Adapter, prompt: Prompt, configuration: Configuration, observe: Observe
 ) -> CompressedInputs:
-    same = CompressedInputs(inputs)
-    same.plans = {}
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
-        mask = torch.ones_like(ids)
-    same.columns = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-    lengths = mask.sum(-1).tolist()
-    same.report = report_on(adapter, strategy, [], {}, lengths, lengths, [0.0, 0.0, 0.0])
-    registry.observe("tokenfuse_compressed", report=same.report)
-    return same
+    """The inputs of a prompt of text as they are."""
+    report = untouched(adapter, configuration, prompt.mask.sum(-1).tolist())
+    observe("tokenfuse_compressed", report=report)
+    columns = torch.arange(prompt.ids.shape[1], device=prompt.ids.device)
+    return CompressedInputs(prompt.inputs, report, columns.expand_as(prompt.ids), None)
 
 
-def report_on(
+def untouched(
     adapter: Adapter,
-    strategy: Strategy,
-    encoded: Sequence[Encoded],
-    plans: Plans,
+    configuration: Configuration,
+    lengths: list[int],
+    reason: str = "the prompt has no image or video",
+) -> Report:
+    """The report of prompts of these lengths that stay as they are."""
+    report = _report(adapter, configuration, [], lengths, lengths, [0.0, 0.0, 0.0], 0)
+    return report.model_copy(update={"reason": reason})
+
+
+def _report(
+    adapter: Adapter,
+    configuration: Configuration,
+    items: list[ItemReport],
     before: list[int],
     after: list[int],
     laps: list[float],
+    again: int,
 ) -> Report:
-    """The report of one compressed prompt, whose steps took ``laps`` milliseconds."""
+    """The report of one prompt, whose steps took ``laps`` milliseconds."""
     config = adapter.model.config.get_text_config()
     element = torch.empty(0, dtype=adapter.model.dtype).element_size()
-    items, matching = [], 0
-    for part in encoded:
-        chosen = strategy.for_modality(part.kind)
-        for tokens, plan in zip(part.items, plans[part.modality], strict=True):
-            if chosen is not None:
-                matching += chosen.matching_flops(tokens.grid, tokens.features.shape[-1])
-            items.append(
-                ItemReport(
-                    modality=part.kind,
-                    grid=tokens.grid,
-                    tokens_before=plan.num_source,
-                    tokens_after=plan.num_kept,
-                    frame_tokens_after=plan.frame_counts(tokens.grid).tolist(),
-                    reason=_why_whole(chosen, part.kind, tokens, plan),
-                )
-            )
     return Report(
-        strategy=strategy.describe(),
+        strategy=configuration.describe(),
         adapter=adapter.name,
         items=items,
         reason=_reason(items),
+        encoded_again=again,
         prompt_before=before,
         prompt_after=after,
-        matching_flops=matching,
+        matching_flops=sum(item.matching_flops for item in items),
         prefill_flops_before=prefill_flops(config, before),
         prefill_flops_after=prefill_flops(config, after),
         kv_cache_bytes_before=kv_cache_bytes(config, before, element),
@@ -347,8 +480,6 @@ def _why_whole(
     return "the strategy kept every token"
 
 
-def _reason(items: list[ItemReport]) -> str | None:
-    if not items:
-        return "the prompt has no image or video"
+def _reason(items: Sequence[ItemReport]) -> str | None:
     reasons = list(dict.fromkeys(item.reason for item in items))
     return "; ".join(str(reason) for reason in reasons) if None not in reasons else None

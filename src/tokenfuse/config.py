@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -18,9 +18,40 @@ KEY = "strategy"
 MEANT_BY = {"compose": "compose", "video": "by_modality", "image": "by_modality"}
 """Keys that need no strategy beside them, and the strategy that each means."""
 
-StrategyLike = str | Path | Mapping[str, Any] | Strategy
-"""A strategy's name, a preset's, a YAML file, a Strategy, or a mapping with the key ``strategy`` or
-with one of MEANT_BY."""
+Positions = Literal["keep", "contiguous"]
+AttentionMode = Literal["plain", "proportional"]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A strategy, and how the prompt that it shortens is read.
+
+    ``positions``: with ``"keep"`` survivors and all that follows have the positions of the
+    uncompressed prompt; ``"contiguous"`` renumbers without gaps, for comparison. ``attention``:
+    with ``"proportional"`` the language model's attention weighs a survivor by the tokens that
+    were fused into it, inside ``attach``; with ``"plain"`` every survivor counts once.
+    """
+
+    strategy: Strategy
+    positions: Positions = "keep"
+    attention: AttentionMode = "plain"
+
+    def describe(self) -> dict[str, Any]:
+        """The mapping that makes this configuration again, ``{"strategy": name, ...}``."""
+        named = self.strategy.describe()
+        read = {name: getattr(self, name) for name in PROMPT_OPTIONS}
+        return {KEY: named.pop(KEY), **read, **named}
+
+
+PROMPT_OPTIONS: dict[str, tuple[str, ...]] = {
+    "positions": get_args(Positions),
+    "attention": get_args(AttentionMode),
+}
+"""Options of a configuration that say how the whole prompt is read, and their values."""
+
+StrategyLike = str | Path | Mapping[str, Any] | Strategy | Configuration
+"""A strategy's name, a preset's, a YAML file, a Strategy, a Configuration, or a mapping with the
+key ``strategy`` or with one of MEANT_BY."""
 
 # Other projects' names for the share of tokens that stays, and for the share that goes.
 _KEPT = {"retention_ratio", "retention_rate", "retain_ratio", "keep_rate"}
@@ -43,23 +74,57 @@ def get_strategy(
     Raises ConfigError (UnknownNameError for a name) that says which key in which file and line is
     wrong, what was expected, and the nearest valid name.
     """
-    return _load(source, options, registry or default_registry(), _Where())
+    found = get_configuration(source, registry=registry, **options)
+    for name in PROMPT_OPTIONS:
+        if getattr(found, name) != getattr(Configuration, name):
+            raise ConfigError(
+                f"{name}: {getattr(found, name)} is about the whole prompt, which a strategy does "
+                f"not see; expected {found.strategy.name} without it: give {name} to compress or "
+                "attach"
+            )
+    return found.strategy
 
 
-def _load(
+def get_configuration(
+    source: StrategyLike, /, *, registry: Registry | None = None, **options: Any
+) -> Configuration:
+    """A configuration from any of the forms of StrategyLike, with ``options`` set over its own.
+
+    ``options`` are those of the strategy, and ``positions`` and ``attention``.
+
+    Raises ConfigError as ``get_strategy`` does.
+    """
+    known, own = registry or default_registry(), source
+    if isinstance(source, Configuration):
+        source = source.strategy
+    values, where = _values(source, dict(options), known, _Where())
+    read = {name: values.pop(name) for name in PROMPT_OPTIONS if name in values}
+    for name, value in read.items():
+        if value not in PROMPT_OPTIONS[name]:
+            raise ConfigError(
+                f"{where.of(name)}{name}: {value!r} is wrong: it should be "
+                f"{' or '.join(map(repr, PROMPT_OPTIONS[name]))}"
+            )
+    strategy = _strategy(source, values, where, known)
+    if isinstance(own, Configuration):
+        return replace(own, strategy=strategy, **read)
+    return Configuration(strategy, **read)
+
+
+def _values(
     source: StrategyLike, changes: dict[str, Any], registry: Registry, where: _Where
-) -> Strategy:
-    """``get_strategy``; ``where``: where ``source`` itself stands."""
+) -> tuple[dict[str, Any], _Where]:
+    """What ``source`` says, with ``changes`` over it, and where each value stands.
+
+    ``where``: where ``source`` itself stands.
+    """
     if isinstance(source, Strategy):
-        if changes.get(KEY, source.name) == source.name:
-            # Its own class, registered or not.
-            changes.pop(KEY, None)
-            if not changes:
-                return source
-            return _validate(type(source), dict(source) | changes, where, registry)
         # Not model_dump, which describes the steps of a chain instead of keeping them.
-        values: dict[str, Any] = dict(source)
-    elif isinstance(source, Mapping):
+        values: dict[str, Any] = {KEY: source.name, **dict(source)} | changes
+        # Its own class need not be registered.
+        return (values, where) if values[KEY] == source.name else _based(values, where, registry)
+    if isinstance(source, Mapping):
+        where = where.inside(source)
         values = dict(source)
     elif isinstance(source, str | Path):
         path = _file(source, registry, where)
@@ -73,7 +138,48 @@ def _load(
             "name, a preset's, a YAML file, a mapping or a Strategy"
         )
     # A file is not to blame for what is set over it.
-    return _build(values | changes, where.without(changes), registry)
+    return _based(values | changes, where.without(changes), registry)
+
+
+def _based(
+    values: dict[str, Any], where: _Where, registry: Registry
+) -> tuple[dict[str, Any], _Where]:
+    """The same values over those of the preset or file that they name as their strategy."""
+    name = values.get(KEY)
+    if not isinstance(name, str) or name in registry.strategies:
+        return values, where
+    path = _file(name, registry, where.at(KEY))
+    if path is None:
+        return values, where
+    base, there = _read(path, where.at(KEY))
+    base, there = _based(base, there, registry)
+    own = {key: value for key, value in values.items() if key != KEY}
+    return base | own, there.under(where, own)
+
+
+def _part(part: Any, where: _Where, registry: Registry) -> Strategy:
+    """A strategy that is part of another configuration."""
+    if isinstance(part, Configuration):
+        raise ConfigError(f"{where.of()}{part!r} is a whole configuration; expected a Strategy")
+    values, where = _values(part, {}, registry, where)
+    for name in PROMPT_OPTIONS:
+        if name in values:
+            raise ConfigError(
+                f"{where.of(name)}{values.get(KEY)} sets {name}; set it at the top of the "
+                "configuration instead"
+            )
+    return _strategy(part, values, where, registry)
+
+
+def _strategy(source: Any, values: dict[str, Any], where: _Where, registry: Registry) -> Strategy:
+    """The strategy that ``values`` describe; ``source`` itself where they change nothing."""
+    if isinstance(source, Strategy) and values.get(KEY) == source.name:
+        # Its own class, registered or not.
+        options = {key: value for key, value in values.items() if key != KEY}
+        if options == dict(source):
+            return source
+        return _validate(type(source), options, where, registry)
+    return _build(values, where, registry)
 
 
 def presets() -> dict[str, Path]:
@@ -92,7 +198,8 @@ def json_schema(registry: Registry | None = None) -> dict[str, Any]:
         # Models inside an option stay with their strategy: another may have one of the same name.
         schema = entry.cls.model_json_schema(ref_template=f"#/$defs/{name}/$defs/{{model}}")
         schema["description"] = schema.get("description", name).partition("\n\n")[0]
-        schema["properties"] = {KEY: {"const": name}, **schema.get("properties", {})}
+        read = {option: _schema_of(option) for option in PROMPT_OPTIONS}
+        schema["properties"] = {KEY: {"const": name}, **read, **schema.get("properties", {})}
         if name not in MEANT_BY.values():
             schema["required"] = [KEY, *schema.get("required", [])]
         definitions[name] = schema
@@ -106,18 +213,30 @@ def json_schema(registry: Registry | None = None) -> dict[str, Any]:
     }
 
 
+def _schema_of(option: str) -> dict[str, Any]:
+    """JSON Schema of an option of the whole configuration."""
+    return {
+        "default": getattr(Configuration, option),
+        "enum": list(PROMPT_OPTIONS[option]),
+        "title": option.capitalize(),
+        "type": "string",
+    }
+
+
 @dataclass(frozen=True)
 class _Where:
     """Where in files the values of a configuration stand, for messages.
 
     ``lines``: the place of each value, by the keys that lead to it, and of the whole at ``()``.
-    ``other``: what stands for the place of a value that has none. ``part_of``: which part of the
-    configuration this is.
+    ``other``: the place to name for a value whose own place is not known, such as one that Python
+    code gave. ``part_of``: which part of the configuration this is. ``open``: the files and
+    mappings that are being read, outermost first.
     """
 
     lines: Mapping[tuple[str | int, ...], str] = field(default_factory=dict)
     other: str = ""
     part_of: str = ""
+    open: tuple[Any, ...] = ()
 
     def of(self, *keys: str | int) -> str:
         """The place of a value as the beginning of a message."""
@@ -127,7 +246,25 @@ class _Where:
         """The same where the values of these keys stand elsewhere."""
         gone = {(key,) for key in keys}
         kept = {path: line for path, line in self.lines.items() if path[:1] not in gone}
-        return _Where(kept, self.other, self.part_of)
+        return replace(self, lines=kept)
+
+    def inside(self, source: Mapping[str, Any] | Path) -> _Where:
+        """The same while ``source`` is read. Raises ConfigError where it is being read already."""
+        if any(
+            source is other or (isinstance(source, Path) and source == other) for other in self.open
+        ):
+            raise ConfigError(f"{self.of()}it leads back to itself; remove the part that does")
+        return replace(self, open=(*self.open, source))
+
+    def at(self, *keys: str | int) -> _Where:
+        """The place of one value, for what is read because of it."""
+        return _Where({}, self.lines.get(keys, self.other), self.part_of, self.open)
+
+    def under(self, over: _Where, keys: Iterable[str]) -> _Where:
+        """The same where ``over`` says where the values of these keys stand."""
+        own = set(keys)
+        theirs = {path: line for path, line in over.lines.items() if path[:1] and path[0] in own}
+        return replace(self, lines={**self.without(own).lines, **theirs})
 
     def part(self, *keys: str | int) -> _Where:
         """The same for the configuration that stands under ``keys``."""
@@ -135,7 +272,7 @@ class _Where:
         inside = {path[n:]: line for path, line in self.lines.items() if path[:n] == keys}
         line = inside.setdefault((), self.lines.get(keys[:1], self.other))
         names = (f"step {key + 1}: " if isinstance(key, int) else f"{key}: " for key in keys)
-        return _Where(inside, line, self.part_of + "".join(names))
+        return _Where(inside, line, self.part_of + "".join(names), self.open)
 
 
 def _file(source: str | Path, registry: Registry, where: _Where) -> Path | None:
@@ -168,7 +305,7 @@ _KINDS = {
 
 def _read(path: Path, where: _Where) -> tuple[dict[str, Any], _Where]:
     """The mapping in a YAML file, and where its values stand; ``where``: where it is named."""
-    before = where.of()
+    before, where = where.of(), where.inside(path.resolve())
     try:
         # Bytes: YAML says itself how they are encoded.
         loader = yaml.SafeLoader(path.read_bytes())
@@ -181,7 +318,8 @@ def _read(path: Path, where: _Where) -> tuple[dict[str, Any], _Where]:
         values: dict[str, Any] = loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ConfigError(f"{before}{path} is not valid YAML: {error}") from None
-    return values, _Where({(): f"{before}{path}: "} | lines, before)
+    places = {(): f"{before}{path}: "} | lines
+    return values, _Where(places, before, open=where.open)
 
 
 def _lines(node: yaml.Node, file: str) -> dict[tuple[str | int, ...], str]:
@@ -246,7 +384,7 @@ def _validate(
 ) -> Strategy:
     def load(part: Any, *keys: str | int) -> Strategy:
         try:
-            return _load(part, {}, registry, where.part(*keys))
+            return _part(part, where.part(*keys), registry)
         except ConfigError as error:
             raise _Located(str(error)) from None
 

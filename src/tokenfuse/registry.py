@@ -98,7 +98,7 @@ class Registry:
             "An adapter of your own is one class: see docs/how-to/write-an-adapter.md"
         )
 
-    def observe(self, hook: str, **arguments: Any) -> None:
+    def observe(self, hook: str, /, **arguments: Any) -> None:
         """Call an observing hook of every plugin; one that raises is named in a warning."""
         for plugin in self._plugins:
             _call(plugin, hook, arguments)

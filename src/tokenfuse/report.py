@@ -14,7 +14,8 @@ from tokenfuse.tokens import Grid, Modality
 class ItemReport(BaseModel):
     """One image or video: its grid ``(T, H, W)`` and its tokens, in all and per frame.
 
-    ``reason``: why it stays whole, if it does.
+    ``matching_flops``: multiply-adds spent on comparing them. ``reason``: why it stays whole, if it
+    does.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -24,6 +25,7 @@ class ItemReport(BaseModel):
     tokens_before: int
     tokens_after: int
     frame_tokens_after: list[int]
+    matching_flops: int = 0
     reason: str | None = None
 
     @property
@@ -36,7 +38,9 @@ class Report(BaseModel):
     """Figures of one compressed prompt. Lengths are tokens, one per row of the batch.
 
     ``prefill_flops_*`` and ``matching_flops`` are multiply-adds; ``flops_formula`` says how they
-    are counted. ``*_ms`` are measured wall-clock milliseconds of this call.
+    are counted. ``*_ms`` are measured wall-clock milliseconds of this call. ``encoded_again``: how
+    many images and videos of earlier turns the vision tower had to read again, because the inputs
+    do not say which pixels are theirs.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -45,6 +49,7 @@ class Report(BaseModel):
     adapter: str
     items: list[ItemReport]
     reason: str | None = None
+    encoded_again: int = 0
     prompt_before: list[int]
     prompt_after: list[int]
     matching_flops: int = 0
@@ -82,11 +87,6 @@ class Report(BaseModel):
         """1 - keep ratio."""
         return 1 - self.keep_ratio
 
-    @property
-    def overhead_ms(self) -> float:
-        """tokenfuse's own cost: what an uncompressed run does not spend."""
-        return self.plan_ms + self.realign_ms
-
     def __str__(self) -> str:
         cache = size(self.kv_cache_bytes_before), size(self.kv_cache_bytes_after)
         prefill = flops(self.prefill_flops_before), flops(self.prefill_flops_after)
@@ -109,6 +109,11 @@ class Report(BaseModel):
             )
         if self.matching_flops > self.prefill_flops_before - self.prefill_flops_after:
             lines.append("slower: matching costs more than the shorter prefill saves")
+        if self.encoded_again:
+            lines.append(
+                f"encoded again: {self.encoded_again} item(s) of earlier turns, since the inputs "
+                "do not say which pixels are theirs"
+            )
         if self.reason:
             lines.append(f"not compressed: {self.reason}")
         return "\n".join(lines)

@@ -563,7 +563,7 @@ def test_the_text_prompt_in_a_cache_keeps_its_positions_whatever_came_between(mo
     ids = torch.cat([expected.sequences, tokens(TURNS[0])], -1)
     expected = model.generate(input_ids=ids, **as_argument(cache_of(expected)), max_new_tokens=5)
     with attach(model) as session:
-        first = session.encode(said)
+        first = session.prefill(said)
         out = first_turn(model, said)
         for between in (one_video(), two_videos()):
             model.generate(**between, max_new_tokens=2)
@@ -616,7 +616,7 @@ def test_padding_of_a_later_turn_without_a_mask_is_hidden(model):
         options = {"input_ids": ids, "max_new_tokens": 4}
         told = model.generate(**options, **as_argument(caches[0]), attention_mask=mask)
         assert torch.equal(told, model.generate(**options, **as_argument(caches[1])))
-        prompts, question = session.encode(inputs), tokens(TURNS[1], 2)
+        prompts, question = session.prefill(inputs), tokens(TURNS[1], 2)
         question[0, :2] = pad
         padded = session.ask(prompts, question, (question != pad).long(), max_new_tokens=4)
         assert torch.equal(padded, session.ask(prompts, question, max_new_tokens=4))
@@ -701,7 +701,7 @@ def test_the_models_own_defaults_of_generation_do_not_reach_an_encoded_prompt():
     model, inputs = build(), one_video()
     question = tokens(TURNS[0])
     with attach(model) as session:
-        expected = session.ask(session.encode(inputs), question, max_new_tokens=4)
+        expected = session.ask(session.prefill(inputs), question, max_new_tokens=4)
     for defaults in (
         {"num_beams": 3},
         {"use_cache": False},
@@ -710,16 +710,16 @@ def test_the_models_own_defaults_of_generation_do_not_reach_an_encoded_prompt():
         model = build()
         model.generation_config.update(**defaults)
         with attach(model) as session:
-            found = session.ask(session.encode(inputs), question, max_new_tokens=4)
+            found = session.ask(session.prefill(inputs), question, max_new_tokens=4)
         assert torch.equal(found, expected), defaults
     model.generation_config.cache_implementation = "static"
     with attach(model) as session, pytest.raises(PromptError, match="cannot grow with questions"):
-        session.encode(inputs)
+        session.prefill(inputs)
 
 
 def test_what_cannot_be_asked_is_refused(model):
     with attach(model) as session:
-        first = session.encode(one_video())
+        first = session.prefill(one_video())
         for question, options, said in (
             (tokens(TURNS[0])[0], {}, "a question of one token or more"),
             (tokens(TURNS[0])[:, :0], {}, "a question of one token or more"),
@@ -729,8 +729,8 @@ def test_what_cannot_be_asked_is_refused(model):
             with pytest.raises(PromptError, match=said):
                 session.ask(first, question, **options)
         with pytest.raises(PromptError, match="no input_ids"):
-            session.encode({"inputs": one_video()["input_ids"]})
-        two = session.encode(batch(rows=(0, 1)))
+            session.prefill({"inputs": one_video()["input_ids"]})
+        two = session.prefill(batch(rows=(0, 1)))
         with pytest.raises(PromptError, match="one or several questions for each prompt"):
             session.ask(two, tokens(TURNS[0], 3))
     other = build()

@@ -258,7 +258,7 @@ def test_many_questions_about_one_prompt_equal_the_whole_prompts():
     texts = (" What color is it?", " How many objects are there?")
     ids = [prompt([text])["input_ids"].expand(2, -1) for text in texts]
     with attach(model) as session:
-        read = session.encode(inputs)
+        read = session.prefill(inputs)
         for question in ids:
             whole = dict(inputs)
             for name in ("input_ids", "attention_mask", "mm_token_type_ids"):

@@ -6,14 +6,14 @@ all transformers VLMs whose ``forward`` takes ``mm_encoder_outputs`` is here.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,38 +22,28 @@ from tokenfuse.adapters import _spans as layout
 from tokenfuse.adapters._spans import Span, flat
 from tokenfuse.errors import PromptError, UnsupportedModelError
 from tokenfuse.plan import DROPPED, FusionPlan
-from tokenfuse.prompt.realign import (
-    PaddingSide,
-    Realigned,
-    next_position_delta,
-    padding_side,
-    realign_positions,
-    shorten,
-)
-from tokenfuse.prompt.text import mismatch, prompt_texts
+from tokenfuse.prompt.inputs import PIXELS, Prompt
+from tokenfuse.prompt.realign import Positions
+from tokenfuse.prompt.text import Place, prompt_texts
+from tokenfuse.prompt.turn import Turn
 from tokenfuse.strategies._base import Attention, Need, Wants
 from tokenfuse.tokens import Modality, VisualTokens
-
-Plans = Mapping[Modality, Sequence[FusionPlan]]
-"""One plan per item of each encoded modality, in prompt order."""
 
 Fuse = Callable[[FusionPlan, Tensor], Tensor]
 """Applies a plan to features ``(N, D)``: ``(M, D)``."""
 
-MODALITIES: tuple[Modality, ...] = ("image", "video")
-PIXELS: dict[Modality, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
-PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "labels")
-"""Model inputs with one column per prompt token, beside input_ids and attention_mask."""
 READ = {"last_hidden_state", "pooler_output", "hidden_states", "attentions", "deepstack_features"}
 """Fields of a vision tower's output; of these, models read the pooled and the DeepStack ones."""
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """The vision tower's output for all items of one modality, and the items as tokens.
+    """The vision tower's output for the items of one modality, and the items as tokens.
 
     ``kind``: what the items are; an image-only model's images may be the frames of videos.
-    ``spans``: where the tokens of each item are among the tower's features.
+    ``spans``: where the tokens of each item are among the tower's features. ``places``: where
+    each item begins and ends in the prompt. ``again``: how many items the tower has read that an
+    earlier turn had read already; they are not among the others.
     """
 
     modality: Modality
@@ -61,6 +51,8 @@ class Encoded:
     items: list[VisualTokens]
     kind: Modality
     spans: list[Span]
+    places: list[tuple[Place, Place]]
+    again: int = 0
 
     def keep_mask(self, plans: Sequence[FusionPlan]) -> Tensor:
         """Which of the tower's features stay, ``(n,)``: the plans' survivors, and all others."""
@@ -74,7 +66,7 @@ class Encoded:
         return torch.cat(masks)
 
     def owners(self, plans: Sequence[FusionPlan]) -> Tensor:
-        """Which of the tower's features each was fused into, ``(n,)``; -1 where it was dropped."""
+        """The index of the feature that each was fused into, ``(n,)``; -1 where it was dropped."""
         found, begin = [], 0
         for span, plan in zip(self.spans, plans, strict=True):
             own = torch.arange(begin, begin + span.size, device=plan.target.device)
@@ -87,7 +79,11 @@ class Encoded:
 
 
 class _Tower(NamedTuple):
-    """What the vision tower made of one modality: ``features (n, D)``, and attention, if heard."""
+    """What the vision tower made of one modality: ``features (n, D)``, and saliency, if heard.
+
+    ``places``: where each span begins and ends in the prompt. ``again``: how many spans were left
+    out because an earlier turn has read them.
+    """
 
     modality: Modality
     kind: Modality
@@ -95,9 +91,42 @@ class _Tower(NamedTuple):
     features: Tensor
     spans: list[Span]
     heard: list[Tensor]
+    places: list[tuple[Place, Place]]
+    again: int = 0
 
-    def items(self, texts: Sequence[Tensor] | None) -> list[VisualTokens]:
-        """Each item as tokens, without what is none."""
+    def since(self, column: int) -> _Tower:
+        """The same without what stands before a column."""
+        new = [i for i, ((_, first), _) in enumerate(self.places) if first >= column]
+        sizes = [span.size for span in self.spans]
+        output = _map_features(
+            self.output, lambda features: [flat(features).split(sizes)[i] for i in new]
+        )
+        heard = self.heard
+        if heard:
+            parts = torch.cat(heard).split([span.num_tokens for span in self.spans])
+            heard = [parts[i] for i in new]
+        return self._replace(
+            output=output,
+            features=flat(output.pooler_output) if new else self.features[:0],
+            spans=[self.spans[i] for i in new],
+            heard=heard,
+            places=[self.places[i] for i in new],
+            again=len(self.spans) - len(new),
+        )
+
+    def as_frames(self) -> _Tower:
+        """The images of each prompt as the frames of one video."""
+        rows = [row for (row, _), _ in self.places]
+        whole: dict[int, tuple[Place, Place]] = {}
+        for row, (first, last) in zip(rows, self.places, strict=True):
+            whole[row] = (whole[row][0] if row in whole else first, last)
+        return self._replace(spans=layout.as_frames(self.spans, rows), places=list(whole.values()))
+
+    def items(self, texts: Mapping[int, Tensor]) -> list[VisualTokens]:
+        """Each item as tokens, without the features that are no visual tokens.
+
+        ``texts``: the embedded text of each prompt of the batch, where it is wanted.
+        """
         saliency: Sequence[Tensor | None] = [None] * len(self.spans)
         if self.heard:
             saliency = torch.cat(self.heard).split([span.num_tokens for span in self.spans])
@@ -107,9 +136,11 @@ class _Tower(NamedTuple):
                 part if span.plain else part[span.tokens(part.device)],
                 span.grid,
                 saliency=salient,
-                text=None if texts is None else texts[i],
+                text=texts.get(row),
             )
-            for i, (span, part, salient) in enumerate(zip(self.spans, parts, saliency, strict=True))
+            for ((row, _), _), span, part, salient in zip(
+                self.places, self.spans, parts, saliency, strict=True
+            )
         ]
 
 
@@ -222,54 +253,81 @@ class Adapter(ModelAdapter):
         known = inspect.signature(self._encoder(modality)).parameters
         return {k: inputs[k] for k in known if k != "kwargs" and inputs.get(k) is not None}
 
+    def read(self, inputs: Mapping[str, Any], *, continues: bool = False) -> Prompt:
+        """The prompt that the caller's inputs hold; see ``Prompt.read``."""
+        return Prompt.read(inputs, self.placeholders, self.pad_id(), continues=continues)
+
     def encode(
         self,
-        inputs: Mapping[str, Any],
+        prompt: Prompt,
         wants: Mapping[Modality, Wants] | None = None,
         frames_as_images: bool = False,
-        since: Sequence[int] = (),
+        after: Turn | None = None,
     ) -> list[Encoded]:
         """Run the vision tower once per modality and return every item as ``VisualTokens``.
 
         ``wants`` says which saliency and whether the prompt's text come with images and videos;
-        ``frames_as_images`` whether the images of a prompt are the frames of one video, and of
-        another from each of the columns ``since`` on.
+        ``frames_as_images`` whether the images of a prompt are the frames of one video. ``after``:
+        what a cache has read of the prompt. Its items are not returned, nor encoded where the
+        inputs say which pixels are theirs.
 
         Raises PromptError where features and inputs do not agree, TokensError on NaN or Inf (one
         host synchronisation per item), ConfigError where the model has no such vision block,
         UnsupportedModelError where the features' places cannot be told.
         """
-        wants = wants or {}
-        found: list[_Tower] = []
-        for modality in MODALITIES:
-            if inputs.get(PIXELS[modality]) is None:
-                continue
-            self.check(inputs, modality)
-            frames = modality == "image" and frames_as_images
-            kind: Modality = "video" if frames else modality
-            attention = wants.get(kind, Wants()).attention
-            with self.listen(attention, inputs, modality) as heard:
-                output = self._encode(inputs, modality)
-            if attention and not heard:
-                raise UnsupportedModelError(
-                    f"vision block {attention.block} of {type(self.model).__name__} did not run, "
-                    "so that its attention cannot be read: choose another block"
-                )
-            entries = [flat([entry]) for entry in output.pooler_output]
-            features = flat(entries)
-            spans = self.spans(inputs, modality, entries)
-            layout.check_spans(spans, len(features), modality)
-            if frames:
-                places = self.places(inputs, modality, spans)
-                videos = [(row, sum(at >= begins for begins in since)) for row, at in places]
-                spans = layout.as_frames(spans, videos)
-            found.append(_Tower(modality, kind, output, features, spans, heard))
-        asked = [tower for tower in found if wants.get(tower.kind, Wants()).text]
-        texts = self._texts(inputs, found) if asked else {}
-        return [
-            Encoded(x.modality, x.output, x.items(texts.get(x.modality)), x.kind, x.spans)
-            for x in found
+        wants, since = wants or {}, 0 if after is None else after.length
+        towers = [
+            tower
+            for modality in prompt.shows
+            if (tower := self._tower(prompt, modality, wants, frames_as_images, since)).spans
         ]
+        texts: dict[int, Tensor] = {}
+        if any(wants.get(tower.kind, Wants()).text for tower in towers):
+            texts = self._texts(prompt, towers, after)
+        return [
+            Encoded(x.modality, x.output, x.items(texts), x.kind, x.spans, x.places, x.again)
+            for x in towers
+        ]
+
+    def _tower(
+        self,
+        prompt: Prompt,
+        modality: Modality,
+        wants: Mapping[Modality, Wants],
+        frames_as_images: bool,
+        since: int,
+    ) -> _Tower:
+        """What the vision tower makes of the items of a modality from column ``since`` on."""
+        self.check(prompt.inputs, modality)
+        frames = modality == "image" and frames_as_images
+        kind: Modality = "video" if frames else modality
+        inputs, counts = prompt.inputs, None
+        if since:
+            counts = self.feature_counts(prompt, modality)
+        if counts is not None:
+            places = prompt.places(modality, counts)
+            new = [i for i, ((_, column), _) in enumerate(places) if column >= since]
+            if not new:
+                return _Tower(modality, kind, None, prompt.ids.new_empty(0, 0), [], [], [])
+            inputs = {**inputs, **self.pixels_of(inputs, modality, new)}
+        attention = wants.get(kind, Wants()).attention
+        with self.listen(attention, inputs, modality) as heard:
+            output = self._encode(inputs, modality)
+        if attention and not heard:
+            raise UnsupportedModelError(
+                f"vision block {attention.block} of {type(self.model).__name__} did not run, "
+                "so that its attention cannot be read: choose another block"
+            )
+        entries = [flat([entry]) for entry in output.pooler_output]
+        features = flat(entries)
+        spans = self.spans(inputs, modality, entries)
+        layout.check_spans(spans, len(features), modality)
+        sizes = [span.size for span in spans]
+        places = prompt.places(modality, sizes, since if counts is not None else 0)
+        tower = _Tower(modality, kind, output, features, spans, heard, places)
+        if since and counts is None:
+            tower = tower.since(since)
+        return tower.as_frames() if frames else tower
 
     def listen(
         self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
@@ -306,70 +364,79 @@ class Adapter(ModelAdapter):
             )
         return output
 
-    def places(
-        self, inputs: Mapping[str, Any], modality: Modality, spans: Sequence[Span]
-    ) -> list[tuple[int, int]]:
-        """The prompt of the batch and the column at which each span begins. One host sync.
+    def feature_counts(self, prompt: Prompt, modality: Modality) -> list[int] | None:
+        """How many features each pixel entry of a modality has, told before any is encoded.
 
-        Raises PromptError where placeholders and features do not agree.
+        None where the inputs do not say which pixels belong to which entry. By default from
+        ``grid_thw``, or where every image, tile or video is one entry of a tensor of pixels.
         """
-        here = self.placeholders(inputs, modality).nonzero()
-        starts = list(itertools.accumulate((span.size for span in spans), initial=0))
-        if len(here) != starts[-1]:
-            raise mismatch(modality, len(here), starts[-1])
-        return [(row, column) for row, column in here[starts[:-1]].tolist()]
+        inputs, pixels = prompt.inputs, prompt.inputs[PIXELS[modality]]
+        name = f"{modality}_grid_thw"
+        read, grid = self.encoder_inputs(inputs, modality).keys(), inputs.get(name)
+        merge = getattr(self.model.config.vision_config, "spatial_merge_size", None)
+        if grid is not None and merge is not None:
+            return (
+                (grid.prod(-1) // merge**2).tolist() if read <= {PIXELS[modality], name} else None
+            )
+        alone = read <= {PIXELS[modality]} and isinstance(pixels, Tensor)
+        if not alone or pixels.ndim != (4 if modality == "image" else 5) or not len(pixels):
+            return None
+        # Entries of one shape have equally many features.
+        count, rest = divmod(int(prompt.here[modality].sum()), len(pixels))
+        return None if rest else [count] * len(pixels)
+
+    def pixels_of(
+        self, inputs: Mapping[str, Any], modality: Modality, chosen: Sequence[int]
+    ) -> dict[str, Any]:
+        """The inputs of the vision tower for some of the entries of ``feature_counts``."""
+        read = self.encoder_inputs(inputs, modality)
+        name, grid = PIXELS[modality], read.get(f"{modality}_grid_thw")
+        if grid is None:
+            return {key: value[list(chosen)] for key, value in read.items()}
+        parts = read[name].split(grid.prod(-1).tolist())
+        return {
+            name: torch.cat([parts[i] for i in chosen]),
+            f"{modality}_grid_thw": grid[list(chosen)],
+        }
 
     def _texts(
-        self, inputs: Mapping[str, Any], found: Sequence[_Tower]
-    ) -> dict[Modality, list[Tensor]]:
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        text = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        self, prompt: Prompt, towers: Sequence[_Tower], after: Turn | None
+    ) -> dict[int, Tensor]:
+        """The embedded text of every prompt that shows something new, by its row."""
+        text = prompt.mask.bool()
         config = self.model.config
-        markers = ("vision_start_token_id", "vision_end_token_id")
-        for token in (getattr(config, name, None) for name in markers):
+        for name in ("vision_start_token_id", "vision_end_token_id"):
+            token = getattr(config, name, None)
             if token is not None:
-                text = text & (ids != token)
-        here = {modality: self.placeholders(inputs, modality) for modality in MODALITIES}
-        for places in here.values():
-            text = text & ~places
-        sizes = {x.modality: [span.size for span in x.spans] for x in found}
-        shown = {modality: here[modality] for modality in sizes}
-        return prompt_texts(self.model.get_input_embeddings(), ids, text, shown, sizes)
+                text = text & (prompt.ids != token)
+        for here in prompt.here.values():
+            text = text & ~here
+        new = [place for tower in towers for place in tower.places]
+        old = () if after is None else ((item.first, item.last) for item in after.items)
+        rows = sorted({row for (row, _), _ in new})
+        return prompt_texts(self.model.get_input_embeddings(), prompt.ids, text, [*new, *old], rows)
 
-    def fuse(
-        self,
-        encoded: Encoded,
-        plans: Sequence[FusionPlan],
-        fuse: Fuse,
-        only: Sequence[int] | None = None,
-    ) -> Any:
+    def fuse(self, encoded: Encoded, plans: Sequence[FusionPlan], fuse: Fuse) -> Any:
         """The vision tower's output after the plans, DeepStack layers too, in its own class.
 
-        ``fuse`` is the strategy's, which applies one plan to the features of one item. ``only``:
-        the items that are needed, all if None.
+        ``fuse`` is the strategy's, which applies one plan to the features of one item.
         """
+        sizes = [span.size for span in encoded.spans]
 
         def fused(features: Any) -> Any:
-            if only is None and all(plan.is_identity for plan in plans):
+            if all(plan.is_identity for plan in plans):
                 return features
-            parts = flat(features).split([span.size for span in encoded.spans])
-            chosen = range(len(plans)) if only is None else only
-            short = [_apply(fuse, plans[i], encoded.spans[i], parts[i]) for i in chosen]
+            parts = flat(features).split(sizes)
+            short = [
+                _apply(fuse, plan, span, part)
+                for plan, span, part in zip(plans, encoded.spans, parts, strict=True)
+            ]
             if isinstance(features, Tensor):
                 # One token per row: generate repeats rows, and tells prompts apart by their count.
                 return torch.cat(short)[:, None]
             return type(features)(short)
 
-        fields: dict[str, Any] = {"pooler_output": fused(encoded.output.pooler_output)}
-        layers = getattr(encoded.output, "deepstack_features", None)
-        if layers is not None:
-            if any(not isinstance(x, Tensor) for layer in layers for x in layer):
-                raise UnsupportedModelError(
-                    f"deepstack_features of {type(self.model).__name__} are of a form that "
-                    "tokenfuse does not know; expected tensors for every layer: write an adapter"
-                )
-            fields["deepstack_features"] = [fused(layer) for layer in layers]
-        return type(encoded.output)(**fields)
+        return _map_features(encoded.output, fused)
 
     def placeholder_id(self, modality: Modality) -> int | None:
         """The token id that stands for one visual token of a modality, None where there is none."""
@@ -381,59 +448,24 @@ class Adapter(ModelAdapter):
         return None
 
     def placeholders(self, inputs: Mapping[str, Any], modality: Modality) -> Tensor:
-        """Which prompt tokens stand for a feature of a modality, ``(B, L)``.
+        """Which tokens of the prompt stand for a feature of a modality, ``(B, L)``.
 
-        One that the attention mask hides is not shown to the model.
+        The prompt leaves out those that the attention mask hides: the model is not shown them.
         """
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        token = self.placeholder_id(modality)
+        ids, token = inputs["input_ids"], self.placeholder_id(modality)
         if token is None:
             return torch.zeros_like(ids, dtype=torch.bool)
         here: Tensor = ids == token
-        return here if mask is None else here & (mask != 0)
+        return here
 
-    def kept_columns(
-        self, inputs: Mapping[str, Any], encoded: Sequence[Encoded], plans: Plans
-    ) -> Tensor:
-        """Which prompt tokens survive, ``(B, L)``: all text, and the plans' visual tokens.
-
-        Raises PromptError where a modality's placeholders are not as many as its features.
-        """
-        keep = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-        for modality in MODALITIES:
-            here = self.placeholders(inputs, modality)
-            masks = [x.keep_mask(plans[modality]) for x in encoded if x.modality == modality]
-            mask = masks[0].to(keep.device) if masks else keep.new_ones(0)
-            found = int(here.sum())
-            if found != len(mask):
-                raise mismatch(modality, found, len(mask))
-            keep = keep.masked_scatter(here, mask)
-        return keep
-
-    def owners(self, inputs: Mapping[str, Any], encoded: Sequence[Encoded], plans: Plans) -> Tensor:
-        """The column of the token that each of a prompt was fused into, ``(B, L)``; -1 if none."""
-        ids = inputs["input_ids"]
-        own = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        owners = own
-        for part in encoded:
-            here = self.placeholders(inputs, part.modality)
-            features = part.owners(plans[part.modality]).to(own)
-            # The column of each feature, found without a mask's host synchronisation.
-            place = torch.where(here, here.flatten().cumsum(0).view_as(ids) - 1, len(features))
-            columns = own.new_empty(len(features) + 1)
-            columns = columns.scatter(0, place.flatten(), own.flatten())[:-1]
-            owner = torch.where(features == DROPPED, DROPPED, columns[features.clamp_min(0)])
-            owners = owners.masked_scatter(here, owner)
-        return owners
-
-    def seen_from(self, inputs: Mapping[str, Any]) -> Tensor:
+    def seen_from(self, prompt: Prompt) -> Tensor:
         """The first column of a prompt that sees each of its tokens, ``(B, L)``.
 
         Itself, where each token sees those before it. Models that know ``token_type_ids`` let
         tokens of one type that follow each other see each other. Override it for others in which
         visual tokens see what comes after them.
         """
-        ids, types = inputs["input_ids"], inputs.get("token_type_ids")
+        ids, types = prompt.ids, prompt.per_token.get("token_type_ids")
         own = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         known = inspect.signature(type(self.model).forward).parameters
         if types is None or "token_type_ids" not in known:
@@ -441,52 +473,34 @@ class Adapter(ModelAdapter):
         starts = torch.cat([torch.ones_like(types[:, :1]), types.diff()], -1) != 0
         return torch.where(starts, own, 0).cummax(-1).values
 
-    def positions(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Rope positions of the uncompressed prompt, the caller's or by the model's own method."""
-        multi = hasattr(self.model.base_model, "rope_deltas")
-        given: Tensor | None = inputs.get("position_ids")
+    def positions(self, prompt: Prompt) -> Positions:
+        """Rope positions of the uncompressed prompt, the caller's or by the model's own method.
+
+        The model stays as it is.
+
+        Raises PromptError where inputs are missing that the model counts by.
+        """
+        multi = self._counts_by_delta
+        given: Tensor | None = prompt.inputs.get("position_ids")
+        delta: Tensor | None = None
         if given is None:
-            if multi and self.has_visuals(inputs) and inputs.get("mm_token_type_ids") is None:
+            if multi and prompt.shows and "mm_token_type_ids" not in prompt.per_token:
                 raise PromptError(
                     "mm_token_type_ids is missing, without which the model counts visual tokens as "
                     "text; expected (B, L): pass all that the processor returns"
                 )
-            method: Callable[..., Tensor] = self.model._prepare_position_ids_for_generation
-            given = method(inputs["input_ids"], dict(inputs))
-        return given.expand(4, *given.shape) if multi and given.ndim == 2 else given
+            # The model's method stores a delta in the model.
+            model = _apart(self.model) if multi else self.model
+            values = {**prompt.uncached, "attention_mask": prompt.mask}
+            given = model._prepare_position_ids_for_generation(prompt.ids, values)
+            delta = getattr(model.base_model, "rope_deltas", None)
+        if multi and given.ndim == 2:
+            given = given.expand(4, *given.shape)
+        return Positions(given.expand(*given.shape[:-2], len(prompt.ids), -1), delta)
 
-    def realign(
-        self,
-        inputs: Mapping[str, Any],
-        encoded: Sequence[Encoded],
-        plans: Plans,
-        policy: Literal["keep", "contiguous"] = "keep",
-        side: PaddingSide | None = None,
-    ) -> tuple[dict[str, Any], Realigned]:
-        """The shorter prompt: ids, mask, token types, positions, and the model's rope delta."""
-        ids = inputs["input_ids"]
-        mask = inputs.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask
-        keep = self.kept_columns(inputs, encoded, plans)
-        refuse_lost_end(mask, keep)
-        own = inputs.get("position_ids") is None and policy == "keep"
-        positions = self.positions({**inputs, "attention_mask": mask})
-        delta = self.position_delta() if own else None
-        positions = positions.expand(*positions.shape[:-2], len(ids), -1)
-        new = shorten(mask, keep, side or padding_side(mask))
-        realigned = realign_positions(positions, new, policy)
-        short: dict[str, Any] = {
-            "input_ids": new.take(ids, self.pad_id() or 0),
-            "attention_mask": new.valid.to(mask.dtype),
-            "position_ids": realigned,
-        }
-        for name in PER_TOKEN:
-            if inputs.get(name) is not None:
-                short[name] = new.take(inputs[name], -100 if name == "labels" else 0)
-        # The model's own delta knows of the highest position, which the plan may have removed.
-        after = next_position_delta(realigned, new.valid)
-        self.set_position_delta(after if delta is None else delta + new.removed[:, None])
-        return short, new
+    @property
+    def _counts_by_delta(self) -> bool:
+        return hasattr(self.model.base_model, "rope_deltas")
 
     def infer_mask(self, ids: Tensor) -> Tensor:
         """The mask of ids ``(B, n)`` that come without one: as ``generate`` infers it.
@@ -508,14 +522,25 @@ class Adapter(ModelAdapter):
         return None
 
 
-def refuse_lost_end(mask: Tensor, keep: Tensor) -> None:
-    """Raise PromptError where a prompt's last token, ``(B, L)``, is not kept. One host sync."""
-    last = mask.long().cumsum(-1).argmax(-1, keepdim=True)
-    if not bool(keep.gather(-1, last).all()):
-        raise PromptError(
-            "a prompt ends with a visual token, and the plan removes it; expected text after the "
-            "last image or video: let the processor end the prompt"
-        )
+def _apart(model: Any) -> Any:
+    """The model on an object of its own, as its base model is, so that both keep what is set."""
+    apart, name = copy.copy(model), model.base_model_prefix
+    apart._modules = {**model._modules, name: copy.copy(model.base_model)}
+    return apart
+
+
+def _map_features(output: Any, change: Callable[[Any], Any]) -> Any:
+    """The output of a vision tower, in its own class, with its features changed layer by layer."""
+    fields: dict[str, Any] = {"pooler_output": change(output.pooler_output)}
+    layers = getattr(output, "deepstack_features", None)
+    if layers is not None:
+        if any(not isinstance(x, Tensor) for layer in layers for x in layer):
+            raise UnsupportedModelError(
+                f"deepstack_features of a {type(output).__name__} are of a form that tokenfuse "
+                "does not know; expected tensors for every layer: write an adapter"
+            )
+        fields["deepstack_features"] = [change(layer) for layer in layers]
+    return type(output)(**fields)
 
 
 def _apply(fuse: Fuse, plan: FusionPlan, span: Span, part: Tensor) -> Tensor:

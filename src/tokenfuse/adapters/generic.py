@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from tokenfuse.adapters._base import MODALITIES, Adapter, takes_features
+from tokenfuse.adapters._base import Adapter, takes_features
+from tokenfuse.prompt.inputs import MODALITIES
 
 
 class Generic(Adapter):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
+from tokenfuse.adapters._hooks import Hook
 from tokenfuse.adapters._vit import Branch, VitAdapter
 from tokenfuse.errors import UnsupportedModelError
 
@@ -67,12 +68,12 @@ class TimmViT(VitAdapter):
 
         hook: RemovableHandle
         if attn.qkv is None:
-            hook = attn.k_proj.register_forward_hook(separate)
+            hook = attn.k_proj.register_forward_hook(Hook(separate))
         elif getattr(attn, "q_bias", None) is not None:
             # EVA adds its biases outside the module, mostly without calling it.
-            hook = attn.register_forward_pre_hook(from_weights)
+            hook = attn.register_forward_pre_hook(Hook(from_weights))
         else:
-            hook = attn.qkv.register_forward_hook(fused)
+            hook = attn.qkv.register_forward_hook(Hook(fused))
         return hook
 
     def shorten(

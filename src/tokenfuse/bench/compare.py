@@ -12,7 +12,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from tokenfuse.adapters._base import MODALITIES
 from tokenfuse.bench.candidates import UNCOMPRESSED, Candidate, candidates
 from tokenfuse.bench.memory import peak_memory
 from tokenfuse.compression import prompt_adapter
@@ -22,6 +21,7 @@ from tokenfuse.inference.inputs import frames_as_images, video_inputs
 from tokenfuse.inference.run import Say, check_repeats, first_token_ms, load
 from tokenfuse.inference.video import read_video
 from tokenfuse.micro import CHECKPOINT
+from tokenfuse.prompt.inputs import MODALITIES
 from tokenfuse.registry import default_registry
 from tokenfuse.report import Report
 from tokenfuse.sessions.attach import attach

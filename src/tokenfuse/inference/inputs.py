@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenfuse.adapters._base import PIXELS
 from tokenfuse.errors import UnsupportedModelError
 from tokenfuse.inference.video import Video
+from tokenfuse.prompt.inputs import PIXELS
 
 
 def video_inputs(processor: Any, video: Video, question: str) -> Any:

@@ -7,15 +7,28 @@ gets the position that the uncompressed prompt gives it; a batch gives what each
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 PaddingSide = Literal["left", "right"]
+Policy = Literal["keep", "contiguous"]
+"""Whether survivors keep their positions, or are counted anew without gaps."""
 Mask = Shaped[Tensor, "B L"]
 """Non-zero where there is a token, zero at padding; of any dtype, as transformers takes them."""
+
+
+class Positions(NamedTuple):
+    """Rope positions of the uncompressed prompt, ``(B, L)``, ``(3, B, L)`` or ``(4, B, L)``.
+
+    ``delta (B, 1)``: what the model adds to a count of tokens for the position that comes next.
+    None where positions are counts, or where they are the caller's own.
+    """
+
+    ids: Int[Tensor, "... B L"]
+    delta: Int[Tensor, "B 1"] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +42,6 @@ class Realigned:
     columns: Int[Tensor, "B M"]
     valid: Bool[Tensor, "B M"]
     removed: Int[Tensor, " B"]
-
-    @property
-    def length(self) -> int:
-        return self.columns.shape[1]
 
     def take(self, x: Tensor, fill: int) -> Tensor:
         """The surviving columns of ``x (..., B, L)``, padding set to ``fill``: ``(..., B, L')``."""
@@ -73,7 +82,7 @@ def count_positions(mask: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:
 
 
 def realign_positions(
-    positions: Int[Tensor, "... B L"], new: Realigned, policy: Literal["keep", "contiguous"]
+    positions: Int[Tensor, "... B L"], new: Realigned, policy: Policy
 ) -> Int[Tensor, "... B M"]:
     """Rope positions of the shorter prompt from those of the uncompressed one.
 

@@ -48,20 +48,32 @@ class Shares:
         key = key.gather(-1, torch.where(owner == DROPPED, whole, owner))
         return cls(key, after.gather(-1, seen_from), left)
 
-    @classmethod
-    def once(cls, tokens: int, columns: Int[Tensor, "B M"], valid: Bool[Tensor, "B M"]) -> Shares:
-        """Those of a whole prompt of so many ``tokens`` where all that are left count once."""
-        own = torch.arange(tokens, device=columns.device).expand(len(columns), -1)
-        return cls.of(own, own, columns, valid)
+    def extend(self, valid: Bool[Tensor, "B K"]) -> Shares:
+        """The shares of this prompt followed by ``K`` tokens of text, each of which counts once.
 
-    def after(self, earlier: Shares, tokens: int) -> Shares:
-        """These, but for the first ``tokens``, which are as in the prompt that this one goes on."""
-        key = torch.cat([earlier.key[:, :tokens], self.key[:, tokens:]], -1)
-        first = torch.cat([earlier.first_query[:, :tokens], self.first_query[:, tokens:]], -1)
+        ``valid``: which of them are no padding.
+        """
+        count = valid.shape[1]
+        slot = torch.arange(self.num_keys, self.num_keys + count, device=valid.device)
+        slot = slot.expand_as(valid)
+        return Shares(
+            torch.cat([self.key, torch.where(valid, slot, DROPPED)], -1),
+            torch.cat([self.first_query, slot], -1),
+            self.num_keys + count,
+        )
+
+    def continuing(self, earlier: Shares) -> Shares:
+        """These shares for a prompt of which a cache holds the beginning, read by ``earlier``.
+
+        The tokens of the beginning keep the shares by which they were read.
+        """
+        tokens = earlier.key.shape[1]
+        key = torch.cat([earlier.key, self.key[:, tokens:]], -1)
+        first = torch.cat([earlier.first_query, self.first_query[:, tokens:]], -1)
         return replace(self, key=key, first_query=first)
 
     def repeat(self, times: int) -> Shares:
-        """Those of a batch whose rows were repeated."""
+        """The shares of a batch whose rows are repeated ``times`` times each."""
         key, first = (x.repeat_interleave(times, 0) for x in (self.key, self.first_query))
         return replace(self, key=key, first_query=first)
 

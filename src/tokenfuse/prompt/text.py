@@ -1,45 +1,35 @@
-"""The text of each item's prompt."""
+"""The text of prompts, for strategies that ask what the prompt asks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 
-import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from tokenfuse.errors import PromptError
 from tokenfuse.tokens import Modality
 
+Place = tuple[int, int]
+"""A row of the batch, and a column of its prompt."""
+
 
 def prompt_texts(
     embed: Callable[[Tensor], Tensor],
-    ids: Tensor,
-    text: Tensor,
-    placeholders: Mapping[Modality, Tensor],
-    sizes: Mapping[Modality, Sequence[int]],
-) -> dict[Modality, list[Tensor]]:
-    """The embeddings ``(n, D)`` of the text of each item's prompt, by modality, in prompt order.
+    ids: Int[Tensor, "B L"],
+    text: Bool[Tensor, "B L"],
+    items: Iterable[tuple[Place, Place]],
+    rows: Iterable[int],
+) -> dict[int, Tensor]:
+    """The embedded text ``(n, D)`` of the prompts in some ``rows`` of a batch.
 
-    ``ids (B, L)``; ``text (B, L)`` marks what may be text; ``placeholders`` marks each modality's
-    features, ``sizes`` says how many each item has. What stands between the first and the last
-    feature of an item, such as the timestamps of its frames, is no text.
-
-    Raises PromptError where placeholders and items do not agree. Two host synchronisations per
-    modality.
+    ``text`` marks what may be text. ``items``: where each image and video begins and ends; what
+    stands between, such as the timestamps of frames, is no text. One host synchronisation per row.
     """
-    text, rows = text.clone(), {}
-    for modality, here in placeholders.items():
-        count = torch.tensor([0, *sizes[modality]], device=ids.device).cumsum(0)
-        places = here.nonzero()
-        if len(places) != sum(sizes[modality]):
-            raise mismatch(modality, len(places), sum(sizes[modality]))
-        spans = torch.cat([places[count[:-1]], places[count[1:] - 1]], -1).tolist()
-        for row, first, _, last in spans:
-            text[row, first : last + 1] = False
-        rows[modality] = [span[0] for span in spans]
-    used = {row for where in rows.values() for row in where}
-    embedded = {row: embed(ids[row, text[row]]).detach() for row in sorted(used)}
-    return {modality: [embedded[row] for row in where] for modality, where in rows.items()}
+    text = text.clone()
+    for (row, first), (_, last) in items:
+        text[row, first : last + 1] = False
+    return {row: embed(ids[row, text[row]]).detach() for row in rows}
 
 
 def mismatch(modality: Modality, placeholders: int, features: int) -> PromptError:

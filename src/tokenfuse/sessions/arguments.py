@@ -1,4 +1,8 @@
-"""What the caller of ``generate`` counts and sees by their own prompt while a shorter one runs."""
+"""``generate``'s arguments for a shorter prompt.
+
+Length limits shrink with it. Streamers, and the caller's processors, criteria and prefix functions,
+are shown the caller's own prompt.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ COUNTS_PROMPT = (*LENGTHS, "prompt_length_to_skip", "begin_index", "regulation_s
 """Attributes of transformers' own processors and criteria that count the prompt's tokens."""
 
 
-def as_the_caller_means(
+def for_shorter_prompt(
     arguments: Mapping[str, Any], prompt: Tensor, short: Tensor, defaults: Any
 ) -> dict[str, Any]:
     """Arguments of ``generate`` for the ``short (B, L')`` prompt in place of the ``prompt (B, L)``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenfuse.adapters._hooks import Hook
+from tokenfuse.compression import refuse_fused_kernels
 from tokenfuse.errors import UnsupportedModelError
 from tokenfuse.prompt.cache import cache_of
 from tokenfuse.prompt.shares import Shares
-
-TAKES_A_BIAS = ("sdpa", "eager")
-"""Attention implementations of transformers that add a mask of floats to their logits."""
 
 AT_A_TIME = 512
 """Queries whose keys are counted at once."""
@@ -44,21 +44,11 @@ def before_attention(model: Any, hook: Callable[..., Any]) -> Iterator[None]:
 
     Raises UnsupportedModelError where there is none.
     """
+    placed = Hook(hook, with_kwargs=True)
     with ExitStack() as hooks:
         for module in attention_modules(model):
-            hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
+            hooks.enter_context(module.register_forward_pre_hook(placed, with_kwargs=True))
         yield
-
-
-def refuse_fused_kernels(model: Any) -> None:
-    """Raise UnsupportedModelError where the model's attention takes no bias."""
-    kind = model.config.get_text_config()._attn_implementation
-    if kind not in TAKES_A_BIAS:
-        raise UnsupportedModelError(
-            f"attention: proportional adds to the logits of attention, which {kind} does not take; "
-            f"expected {' or '.join(TAKES_A_BIAS)}: load the model with "
-            'attn_implementation="sdpa", or use attention: plain'
-        )
 
 
 @contextmanager
@@ -89,15 +79,26 @@ def proportional_attention(model: Any, shares: Shares | None) -> Iterator[None]:
             "attention: proportional acts in the forward pass only, and gradient checkpointing "
             "repeats it in the backward pass: switch that off, or use attention: plain"
         )
-    with before_attention(model, _Bias(shares)):
+    bias = _Bias(shares)
+    with before_attention(model, bias):
         yield
+    if not bias.began:
+        raise UnsupportedModelError(
+            f"the attentions of {type(model).__name__} ran without their hooks, so that attention: "
+            "proportional had no effect; expected a model that was not compiled before: call "
+            "torch.compiler.reset(), attach, then compile"
+        )
 
 
 class _Bias:
-    """A hook that adds to an attention's mask what the keys weigh."""
+    """A hook that adds to an attention's mask what the keys weigh, for one call of the model.
+
+    Other threads call the same modules: their calls are not this one's.
+    """
 
     def __init__(self, shares: Shares) -> None:
         self.shares = shares
+        self.thread = threading.get_ident()
         self.whole = shares.counts(shares.num_keys, 1).float().log()
         """What they weigh to all that follows the prompt, ``(B, 1, M)``."""
         self.began = False
@@ -109,13 +110,15 @@ class _Bias:
 
     def __call__(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any]] | None:
+        if threading.get_ident() != self.thread:
+            return None
         cache = cache_of(kwargs)
         if not self.began:
             self.began, self.cache = True, cache
         if cache is not self.cache:
-            # Another prompt, of guidance or of another thread.
-            return args, kwargs
+            # Another prompt, such as that of guidance.
+            return None
         states = args[0] if args else kwargs["hidden_states"]
         mask, queries = kwargs.get("attention_mask"), states.shape[1]
         past, width, first = 0, queries, 0

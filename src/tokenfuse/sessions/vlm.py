@@ -1,44 +1,53 @@
-"""``attach``: a model's own ``generate`` and ``forward``, with compression, inside a block."""
+"""A session of a vision-language model: every prompt that it gets is compressed."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import inspect
+from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import replace
-from types import TracebackType
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokenfuse.adapters._base import Adapter
 from tokenfuse.compression import (
-    CompressedInputs,
-    compress_with,
+    compress_prompt,
     prompt_adapter,
+    refuse_a_gap,
     refuse_unmet_needs,
+    untouched,
 )
-from tokenfuse.errors import AttachError, PromptError
+from tokenfuse.config import Configuration
+from tokenfuse.errors import PromptError, UnsupportedModelError
 from tokenfuse.prompt.cache import as_argument, cache_of, filled_length
-from tokenfuse.prompt.turn import Turn, brings_items, refuse_a_gap, show_more, without_visuals
+from tokenfuse.prompt.inputs import MODALITIES, PIXELS
+from tokenfuse.prompt.turn import Turn
 from tokenfuse.registry import Registry
 from tokenfuse.report import Report
-from tokenfuse.sessions.arguments import as_the_caller_means
-from tokenfuse.sessions.proportional import proportional_attention
-from tokenfuse.strategies._base import Strategy
+from tokenfuse.sessions._attached import Attached, place, refuse_compiled
+from tokenfuse.sessions.arguments import for_shorter_prompt
+from tokenfuse.sessions.proportional import attention_modules, proportional_attention
 
 WRAPPED = ("generate", "forward")
-MARK = "_tokenfuse_session"
 TURN = "_tokenfuse_turn"
 """Name under which a cache carries what it holds, so that a copy of the cache carries it too."""
-
-
+REPORTS = 100
+"""How many reports a session remembers."""
 ONE_BY_ONE = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
 """Options of generate for one answer per row of a cache."""
 
+_generating: ContextVar[tuple[Session, ...]] = ContextVar("tokenfuse_generating", default=())
+"""The sessions whose ``generate`` is running here; it calls ``forward`` with short inputs."""
 
-class Prompt(NamedTuple):
+
+class Prefilled(NamedTuple):
     """A prompt that a model has read: what ``Session.ask`` goes on from.
 
     ``input_ids`` and ``attention_mask`` ``(B, L)`` are the caller's own; ``cache`` holds the
@@ -51,72 +60,80 @@ class Prompt(NamedTuple):
     model: Any
 
 
-def refuse_attached(model: Any) -> None:
-    """Raise AttachError if a session holds ``model`` already."""
-    if MARK in vars(model):
-        raise AttachError(
-            f"this {type(model).__name__} is already attached; expected one session per model at a "
-            "time: leave the outer with-block first"
-        )
+class Session(Attached):
+    """An attached vision-language model.
 
+    ``report``: the Report of the last prompt, None before the first; ``reports``: of the last
+    hundred. ``columns (B, L')``: the caller's columns that the last call's logits, attentions and
+    hidden states stand for; None before the first. With several threads the last is whichever
+    ended its compression last.
+    """
 
-class Session:
-    """An attached model. ``report`` is the last prompt's Report, or None before the first."""
+    _names = WRAPPED
 
     def __init__(
         self,
         model: Any,
-        strategy: Strategy,
+        configuration: Configuration,
         registry: Registry,
         frames_as_images: bool = False,
     ) -> None:
-        self.model = model
-        self.strategy = strategy
-        self.adapter = prompt_adapter(model, registry)
-        refuse_unmet_needs(self.adapter, strategy)
-        self.report: Report | None = None
-        self._registry = registry
+        self.adapter: Adapter = prompt_adapter(model, registry)
+        self.reports: deque[Report] = deque(maxlen=REPORTS)
+        self.columns: Tensor | None = None
+        self._observe = registry.observe
         self._frames_as_images = frames_as_images
         self._own: dict[str, Any] = {}
-        self._wrapped: dict[str, Any] = {}
-        self._delta: Tensor | None = None
+        refuse_unmet_needs(self.adapter, configuration)
+        if configuration.attention == "proportional":
+            refuse_compiled(model, attention_modules(model), "attention: proportional")
+        super().__init__(model, configuration)
 
-    def __enter__(self) -> Session:
-        attributes = vars(self.model)
-        refuse_attached(self.model)
-        self._delta = self.adapter.position_delta()
-        self._own = {name: attributes[name] for name in WRAPPED if name in attributes}
+    @property
+    def report(self) -> Report | None:
+        return self.reports[-1] if self.reports else None
+
+    @property
+    def _family(self) -> str:
+        return self.adapter.name
+
+    def _originals(self) -> Mapping[str, Any]:
+        return self._own
+
+    def _place(self, undo: ExitStack) -> None:
+        held = vars(self.model)
+        self._own = {name: held[name] for name in WRAPPED if name in held}
+        undo.callback(self.adapter.set_position_delta, self.adapter.position_delta())
         for name, instead in (("generate", self._generate), ("forward", self._forward)):
-            self._wrapped[name] = _wrap(getattr(self.model, name), instead)
-            setattr(self.model, name, self._wrapped[name])
-        setattr(self.model, MARK, self)
-        return self
+            place(self.model, name, self._wrap(getattr(self.model, name), instead), undo)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        delattr(self.model, MARK)
-        for name in WRAPPED:
-            self._unwrap(name)
-        self.adapter.set_position_delta(self._delta)
+    def _wrap(
+        self, original: Callable[..., Any], instead: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        """``original`` with its own signature, which transformers reads, calling ``instead``."""
+        signature = inspect.signature(original)
+        extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
 
-    def _unwrap(self, name: str) -> None:
-        if name in self._own:
-            setattr(self.model, name, self._own[name])
-        else:
-            vars(self.model).pop(name, None)
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            # Inside generate the inputs are short already. A wrapper of somebody else's may call
+            # this one when the session is over.
+            if self in _generating.get() or not self.attached:
+                return original(*args, **kwargs)
+            named = signature.bind(*args, **kwargs).arguments
+            more = named.pop(extra, {})
+            return instead(original, named | more)
 
-    def encode(self, inputs: Mapping[str, Any]) -> Prompt:
+        return wrapped
+
+    def prefill(self, inputs: Mapping[str, Any]) -> Prefilled:
         """Let the model read a prompt once, compressed, so that ``ask`` can go on from it.
 
         ``inputs`` are the processor's, up to where the questions begin.
 
-        Raises AttachError outside the block, and what ``compress`` raises.
+        Raises AttachError if the session is detached, and what ``compress`` raises.
         """
-        self._require_attached("encode")
+        self.require_attached("prefill")
         ids = inputs.get("input_ids")
         if ids is None:
             raise PromptError("inputs hold no input_ids; expected the processor's output")
@@ -132,26 +149,26 @@ class Session:
         )
         mask = inputs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        return Prompt(ids, mask, cache_of(output), self.model)
+        return Prefilled(ids, mask, cache_of(output), self.model)
 
     def ask(
         self,
-        prompt: Prompt,
+        prompt: Prefilled,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """Go on from an encoded prompt with a question, and leave the prompt as it is.
+        """Go on from a prefilled prompt with a question, and leave the prompt as it is.
 
         ``input_ids (k * B, n)``: what follows each prompt, or ``k`` questions about each, padded on
         the left. ``options`` are those of ``generate``, and so is the result: the prompt, the
         question, the answer.
 
-        Raises AttachError outside the block, PromptError where rows do not fit.
+        Raises AttachError if the session is detached, PromptError where rows do not fit.
         """
-        self._require_attached("ask")
+        self.require_attached("ask")
         if prompt.model is not self.model:
-            raise PromptError("the prompt was encoded by another model; expected one of this model")
+            raise PromptError("another model has read the prompt; expected one that this one read")
         if input_ids.ndim != 2 or not input_ids.shape[1]:
             raise PromptError(
                 f"input_ids have shape {tuple(input_ids.shape)}; expected a question of one token "
@@ -166,7 +183,7 @@ class Session:
         times, rest = divmod(len(input_ids), len(prompt.input_ids))
         if rest or not times:
             raise PromptError(
-                f"input_ids have {len(input_ids)} row(s), the encoded prompt has "
+                f"input_ids have {len(input_ids)} row(s), the prefilled prompt has "
                 f"{len(prompt.input_ids)}; expected one or several questions for each prompt"
             )
         if attention_mask is None:
@@ -186,81 +203,185 @@ class Session:
             input_ids=ids, attention_mask=mask, **as_argument(cache), **{**ONE_BY_ONE, **options}
         )
 
-    def _require_attached(self, what: str) -> None:
-        if vars(self.model).get(MARK) is not self:
-            raise AttachError(
-                f"{what} is called outside its with-block, where the model is as it was; expected "
-                f"with tokenfuse.attach(...) as session: session.{what}(...)"
-            )
-
     def _forward(self, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        turn = _turn_of(cache_of(inputs))
+        cache = cache_of(inputs)
+        turn = _turn_of(cache)
+        arguments: Mapping[str, Any] = inputs
         if turn is not None:
-            inputs, turn = self._step(inputs, turn)
-        elif self._bring_a_prompt(inputs):
-            short = self._compress(inputs)
-            if short.plans:
-                turn = Turn.of(inputs["input_ids"], short)
-            inputs = short
+            arguments, turn = self._step(inputs, turn)
+        elif self._brings_a_prompt(inputs):
+            arguments, turn = self._first_turn(inputs)
         with proportional_attention(self.model, None if turn is None else turn.shares):
-            output = original(**inputs)
+            output = original(**arguments)
         values = output if isinstance(output, tuple) else output.values()
-        for cache in (value for value in values if filled_length(value)):
-            _remember(cache, turn)
+        for filled in (value for value in values if filled_length(value)):
+            _remember(filled, turn)
         return output
 
     @torch.no_grad()
     def _generate(self, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        # generate calls forward once per token, with inputs that are short already.
-        self._unwrap("forward")
-        try:
-            return self._short_generate(original, inputs)
-        finally:
-            # Another thread may have left the block meanwhile, as readers of a stream do.
-            if vars(self.model).get(MARK) is self:
-                self.model.forward = self._wrapped["forward"]
-
-    def _short_generate(self, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
         if inputs.get("input_ids") is None and inputs.get("inputs") is not None:
             inputs["input_ids"] = inputs.pop("inputs")
-        cache = cache_of(inputs)
+        arguments, turn = self._turn(inputs)
+        token = _generating.set((*_generating.get(), self))
+        try:
+            if turn is None:
+                return original(**arguments)
+            return self._answer(original, inputs, arguments, turn)
+        finally:
+            _generating.reset(token)
+
+    def _turn(self, inputs: dict[str, Any]) -> tuple[Mapping[str, Any], Turn | None]:
+        """What ``generate`` is to read, and the turn that it then has read.
+
+        No turn where the inputs are read as they are.
+        """
+        ids, cache = inputs.get("input_ids"), cache_of(inputs)
         turn = _turn_of(cache)
-        held = filled_length(cache) + (turn.removed if turn else 0)
-        prompt = inputs.get("input_ids")
-        if turn is not None and (prompt is None or not turn.begins(prompt, held)):
+        held = filled_length(cache) + (0 if turn is None else turn.removed)
+        if turn is not None and (ids is None or not turn.begins(ids, held)):
             raise PromptError(
                 f"input_ids do not begin with the {held} tokens that the cache stands for; "
                 "expected the earlier ids, the answer, then the new turn, padded alike"
             )
-        short: dict[str, Any]
-        if held and prompt is not None and self._shows_more(inputs, prompt[:, held:]):
-            turn = turn or Turn.of_text(self.adapter, inputs, held)
-            short, turn = show_more(
+        if not held:
+            return self._first_turn(inputs) if self._brings_a_prompt(inputs) else (inputs, None)
+        if ids is None:
+            return inputs, None
+        shows_more = self._shows(ids[:, held:])
+        if turn is None:
+            turn = self._turn_of_text(inputs, ids, held, shows_more)
+            if turn is None:
+                return inputs, None
+        if shows_more and self.adapter.has_visuals(inputs):
+            return self._later_turn(inputs, turn, held)
+        return self._text_turn(inputs, turn)
+
+    def _first_turn(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], Turn | None]:
+        """A prompt that no cache has read yet."""
+        embeds = inputs.get("inputs_embeds")
+        if embeds is not None and not self.adapter.has_visuals(inputs):
+            lengths = [embeds.shape[1]] * len(embeds)
+            why = "the prompt came as inputs_embeds, which do not say what is visual"
+            self._note(untouched(self.adapter, self.configuration, lengths, why), None)
+            return inputs, None
+        short = compress_prompt(
+            self.adapter,
+            self.adapter.read(inputs),
+            self.configuration,
+            frames_as_images=self._frames_as_images,
+            observe=self._observe,
+        )
+        self._note(short.report, short.columns)
+        return (inputs if short.turn is None else short), short.turn
+
+    def _later_turn(
+        self, inputs: dict[str, Any], turn: Turn, held: int
+    ) -> tuple[Mapping[str, Any], Turn | None]:
+        """A turn that shows something new. The inputs are those of the whole conversation."""
+        _refuse_old_masks(inputs)
+        _refuse_positions(inputs)
+        given = inputs.get("attention_mask")
+        reached = turn.extend(
+            inputs["input_ids"][:, turn.length : held], None if given is None else given[:, :held]
+        )
+        try:
+            short = compress_prompt(
                 self.adapter,
-                inputs,
-                turn,
-                held,
-                self.strategy,
-                self._registry,
-                self._frames_as_images,
+                self.adapter.read(inputs, continues=True),
+                self.configuration,
+                after=reached,
+                frames_as_images=self._frames_as_images,
+                observe=self._observe,
             )
-            self.report = short.report
-        elif turn is not None:
-            short = self._continue(inputs, turn)
-        elif self._bring_a_prompt(inputs):
-            short = compressed = self._compress(inputs)
-            if not compressed.plans:
-                return original(**inputs)
-            turn = Turn.of(inputs["input_ids"], compressed)
-        elif held and inputs.get("position_ids") is None and self._has_a_delta(prompt, held):
-            # The model may have read another prompt since, and keeps that one's delta.
-            turn = Turn.of_text(self.adapter, inputs, held)
-            short = self._continue(inputs, turn)
-        else:
-            return original(**inputs)
+        except PromptError as error:
+            if "placeholder(s)" not in str(error):
+                raise
+            raise PromptError(
+                f"{error}. A turn that brings new images or videos takes the processor's output "
+                "for the whole conversation, earlier pixels included"
+            ) from None
+        self._note(short.report, short.columns)
+        return short, short.turn
+
+    def _text_turn(
+        self, inputs: dict[str, Any], turn: Turn
+    ) -> tuple[Mapping[str, Any], Turn | None]:
+        """A turn of text: the short prompt, then all that has come after it."""
+        ids = inputs["input_ids"]
+        new, given = ids[:, turn.length :], inputs.get("attention_mask")
+        if given is None:
+            begun = torch.ones_like(ids[:, : turn.length])
+            given = torch.cat([begun, self.adapter.infer_mask(new)], -1)
+        whole = turn.extend(new, given)
+        refuse_a_gap(self.adapter, whole.mask[:, turn.ids.shape[1] :])
+        self.columns = whole.columns
+        arguments = self._without_visuals(inputs, new) | {
+            "input_ids": whole.ids,
+            "attention_mask": whole.mask,
+            "position_ids": whole.positions,
+        }
+        return arguments, turn
+
+    def _turn_of_text(
+        self, inputs: dict[str, Any], ids: Tensor, held: int, shows_more: bool
+    ) -> Turn | None:
+        """The turn of a cache that no session has filled, where one is needed to go on from it."""
+        visuals = self.adapter.has_visuals(inputs)
+        if shows_more and not visuals:
+            raise PromptError(
+                "placeholders of images or videos stand after the "
+                f"{held} tokens that the cache holds, and no pixels are given: the cache was made "
+                "from a compressed one and has lost what tokenfuse noted on it, or the pixels are "
+                "missing; expected the cache that generate returned, or the whole conversation's "
+                "pixels"
+            )
+        # The model may have read another prompt since, and keeps that one's delta.
+        counts = inputs.get("position_ids") is None and self.adapter.position_delta() is not None
+        if not shows_more and not (counts and held < ids.shape[1]):
+            return None
+        if ids.shape[1] < held or self._shows(ids[:, :held]):
+            if not shows_more:
+                return None
+            raise PromptError(
+                "the cache holds a prompt already, and the inputs bring images or videos; "
+                "expected an empty cache, one that a generate of this session filled, or one of "
+                "text only: start with a new cache and the whole conversation"
+            )
+        begun = {"input_ids": ids[:, :held]}
+        if inputs.get("attention_mask") is not None:
+            begun["attention_mask"] = inputs["attention_mask"][:, :held]
+        prompt = self.adapter.read(begun)
+        return Turn.of_text(prompt, self.adapter.positions(prompt).ids)
+
+    def _step(self, inputs: dict[str, Any], turn: Turn) -> tuple[Mapping[str, Any], Turn]:
+        """Arguments of ``forward`` for new tokens after a compressed prompt in the cache."""
+        ids, past = inputs.get("input_ids"), filled_length(cache_of(inputs))
+        held = turn.removed + past
+        if ids is None or len(ids) != len(turn.seen) or not turn.may_stand_for(held):
+            raise PromptError(
+                f"the new input_ids do not go on from the {held} tokens that the cache stands "
+                "for; expected the ids that follow, one row per row of the cache"
+            )
+        later = torch.cat([turn.seen[:, turn.length : held], ids], -1)
+        whole = turn.extend(later, inputs.get("attention_mask"))
+        refuse_a_gap(self.adapter, whole.mask[:, turn.ids.shape[1] :])
+        self.columns = whole.columns[:, past:]
+        step = {"attention_mask": whole.mask, "position_ids": whole.positions[..., past:]}
+        seen = torch.cat([turn.seen[:, :held], ids], -1)
+        return self._without_visuals(inputs, ids) | step, replace(turn, seen=seen)
+
+    def _answer(
+        self,
+        original: Callable[..., Any],
+        inputs: Mapping[str, Any],
+        short: Mapping[str, Any],
+        turn: Turn,
+    ) -> Any:
+        """The answer to a shorter prompt, as if the caller's own had been read."""
         prompt = inputs["input_ids"]
         self._refuse_gaps_without_a_cache(inputs, short["position_ids"])
-        arguments = as_the_caller_means(
+        arguments = for_shorter_prompt(
             short, prompt, short["input_ids"], self.model.generation_config
         )
         with proportional_attention(self.model, turn.shares):
@@ -269,15 +390,48 @@ class Session:
         times = len(sequences) // len(prompt)
         answer = sequences[:, short["input_ids"].shape[1] :]
         whole = torch.cat([prompt.repeat_interleave(times, 0).to(answer.device), answer], -1)
+        given = cache_of(inputs)
         filled = None if isinstance(output, Tensor) else cache_of(output)
-        cache = cache if filled is None else filled
-        # A cache that holds text only, as before, is anybody's.
-        if cache is not None and (turn.plans or _turn_of(cache) is not None):
+        cache = given if filled is None else filled
+        # A cache filled by text alone was not shortened. It needs no record of ours, and may be
+        # continued without a session.
+        if cache is not None and (turn.items or _turn_of(cache) is not None):
             _remember(cache, replace(turn.repeat(times), seen=whole))
         if isinstance(output, Tensor):
             return whole
         output.sequences = whole
         return output
+
+    def _note(self, report: Report, columns: Tensor | None) -> None:
+        self.reports.append(report)
+        self.columns = columns
+
+    def _brings_a_prompt(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether there is a prompt to compress or to report on, not only tokens after a cache."""
+        if self.adapter.has_visuals(inputs):
+            return True
+        names = ("input_ids", "inputs_embeds", "mm_encoder_outputs")
+        brought = any(inputs.get(name) is not None for name in names)
+        return brought and not filled_length(cache_of(inputs))
+
+    def _shows(self, ids: Tensor) -> bool:
+        """Whether some of the ids stand for images or videos. A host sync for each kind of id."""
+        kinds = {self.adapter.placeholder_id(modality) for modality in MODALITIES}
+        return any(bool(ids.eq(token).any()) for token in kinds if token is not None)
+
+    def _without_visuals(self, inputs: Mapping[str, Any], new: Tensor) -> dict[str, Any]:
+        """The inputs of a turn of text, without the pixels that the cache has seen already."""
+        if self._shows(new):
+            raise PromptError(
+                "a later call of the model brings a new image or video; expected text only on a "
+                "compressed cache: bring it by generate, with the inputs of the whole conversation"
+            )
+        _refuse_positions(inputs)
+        seen = {"token_type_ids", "mm_token_type_ids"}
+        for modality in MODALITIES:
+            if inputs.get(PIXELS[modality]) is not None:
+                seen |= set(self.adapter.encoder_inputs(inputs, modality))
+        return {name: value for name, value in inputs.items() if name not in seen}
 
     def _refuse_gaps_without_a_cache(self, inputs: Mapping[str, Any], positions: Tensor) -> None:
         configs = (inputs.get("generation_config"), self.model.generation_config)
@@ -288,82 +442,32 @@ class Session:
         if not cached and positions.ndim == 2 and bool((positions.diff() > 1).any()):
             raise PromptError(
                 "use_cache is False, and without a cache transformers takes gaps in 1-D "
-                "position_ids for the beginnings of other prompts; expected use_cache=True, or a "
-                "strategy with positions: contiguous"
+                "position_ids for the beginnings of other prompts; expected use_cache=True, or "
+                "positions: contiguous"
             )
 
-    def _bring_a_prompt(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether there is something to compress or report, not only tokens that follow a cache."""
-        if self.adapter.has_visuals(inputs):
-            return True
-        brought = (inputs.get("input_ids") is not None) or bool(inputs.get("mm_encoder_outputs"))
-        return brought and not filled_length(cache_of(inputs))
 
-    def _shows_more(self, inputs: Mapping[str, Any], new: Tensor) -> bool:
-        """Whether images or videos come after the tokens that a cache stands for."""
-        return self.adapter.has_visuals(inputs) and brings_items(self.adapter, new)
-
-    def _has_a_delta(self, ids: Tensor | None, held: int) -> bool:
-        """Whether a cache holds text only, of a model that counts by a delta of its own."""
-        if ids is None or ids.shape[1] <= held or self.adapter.position_delta() is None:
-            return False
-        return not brings_items(self.adapter, ids[:, :held])
-
-    def _compress(self, inputs: Mapping[str, Any]) -> CompressedInputs:
-        short = compress_with(
-            self.adapter,
-            inputs,
-            self.strategy,
-            self._registry,
-            frames_as_images=self._frames_as_images,
-        )
-        self.report = short.report
-        return short
-
-    def _continue(self, inputs: Mapping[str, Any], turn: Turn) -> dict[str, Any]:
-        """Arguments of ``generate`` for a later turn: the short prompt, then what came after it."""
-        ids = inputs["input_ids"]
-        new, given = ids[:, turn.length :], inputs.get("attention_mask")
-        if given is None:
-            begun = torch.ones_like(ids[:, : turn.length])
-            given = torch.cat([begun, self.adapter.infer_mask(new)], -1)
-        mask, positions = turn.extend(new, given, ids.shape[1])
-        refuse_a_gap(self.adapter, mask[:, turn.short.shape[1] :])
-        return without_visuals(self.adapter, inputs, new) | {
-            "input_ids": torch.cat([turn.short, new], -1),
-            "attention_mask": mask,
-            "position_ids": positions,
-        }
-
-    def _step(self, inputs: Mapping[str, Any], turn: Turn) -> tuple[dict[str, Any], Turn]:
-        """Arguments of ``forward`` for new tokens after a compressed prompt in the cache."""
-        ids, past = inputs.get("input_ids"), filled_length(cache_of(inputs))
-        held = turn.removed + past
-        if ids is None or len(ids) != len(turn.seen) or not turn.holds(held):
+def _refuse_positions(inputs: Mapping[str, Any]) -> None:
+    """Raise PromptError where a later turn counts by the uncompressed prompt."""
+    for name in ("position_ids", "inputs_embeds", "mm_encoder_outputs"):
+        if inputs.get(name) is not None:
             raise PromptError(
-                f"the new input_ids do not go on from the {held} tokens that the cache stands "
-                "for; expected the ids that follow, one row per row of the cache"
+                f"a later turn on a compressed cache brings {name}, which counts by the "
+                "uncompressed prompt; expected none: leave it out"
             )
-        total = held + ids.shape[1]
-        mask, positions = turn.extend(ids, inputs.get("attention_mask"), total)
-        refuse_a_gap(self.adapter, mask[:, turn.short.shape[1] :])
-        step = {"attention_mask": mask, "position_ids": positions[..., past:]}
-        seen = torch.cat([turn.seen[:, :held], ids], -1)
-        return without_visuals(self.adapter, inputs, ids) | step, replace(turn, seen=seen)
 
 
-def _wrap(original: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
-    """``original`` with its own signature, which transformers reads, calling ``instead``."""
-    signature = inspect.signature(original)
-    extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
-
-    @functools.wraps(original)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        named = signature.bind(*args, **kwargs).arguments
-        more = named.pop(extra, {})
-        return instead(original, named | more)
-
-    return wrapped
+def _refuse_old_masks(inputs: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModelError where transformers masks images after a cached prompt wrongly."""
+    if inputs.get("token_type_ids") is None:
+        return
+    installed = version("transformers")
+    if tuple(map(int, installed.split(".")[:2])) < (5, 23):
+        raise UnsupportedModelError(
+            "a later turn shows something new to a model with token_type_ids, which transformers "
+            f"{installed} masks by the wrong columns, compressed or not; expected 5.23 or newer, "
+            "or a new cache with the whole conversation"
+        )
 
 
 def _remember(cache: Any, turn: Turn | None) -> None:

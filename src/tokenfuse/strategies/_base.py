@@ -20,9 +20,6 @@ from tokenfuse.tokens import Grid, Modality, VisualTokens
 Stage = Literal["vision", "pre_llm", "llm"]
 Need = Literal["grid", "saliency", "text"]
 
-ABOUT_PROMPTS = ("positions", "attention")
-"""Options that say how the whole prompt is read, whatever survives."""
-
 
 class Attention(NamedTuple):
     """Which attention of the vision tower a saliency is.
@@ -76,17 +73,6 @@ class Strategy(BaseModel, ABC):
     experimental: ClassVar[bool] = False
     """Whether it is a reconstruction that nothing could be compared with."""
 
-    positions: Literal["keep", "contiguous"] = Field(
-        "keep",
-        description="keep: survivors and all that follows keep the positions of the uncompressed "
-        "prompt; contiguous: renumber without gaps, for comparison",
-    )
-    attention: Literal["plain", "proportional"] = Field(
-        "plain",
-        description="proportional: inside attach, the language model's attention weighs a survivor "
-        "by the tokens that were fused into it; plain: every survivor counts once",
-    )
-
     @abstractmethod
     def plan(self, tokens: VisualTokens) -> FusionPlan:
         """The plan for one item."""
@@ -117,11 +103,6 @@ class Strategy(BaseModel, ABC):
     def matching_flops(self, grid: Grid, width: int) -> int:
         """Multiply-adds spent on comparing tokens of this grid and feature width."""
         return 0
-
-    def about_prompts(self) -> list[str]:
-        """Which of the options that are about the whole prompt are not at their defaults."""
-        fields = type(self).model_fields
-        return [name for name in ABOUT_PROMPTS if getattr(self, name) != fields[name].default]
 
     def describe(self) -> dict[str, Any]:
         """The configuration that makes this strategy again, ``{"strategy": name, ...}``."""

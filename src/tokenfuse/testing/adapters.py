@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 
 import tokenfuse
-from tokenfuse.adapters._base import MODALITIES, PER_TOKEN, PIXELS, Adapter
+from tokenfuse.adapters._base import Adapter, Encoded
 from tokenfuse.adapters._spans import Span, flat
 from tokenfuse.compression import CompressedInputs, prompt_adapter
 from tokenfuse.costs import attends
 from tokenfuse.errors import AttachError, PromptError, UnsupportedModelError
 from tokenfuse.plan import DROPPED, FusionPlan, Reduce
 from tokenfuse.prompt.cache import as_argument, cache_of
+from tokenfuse.prompt.inputs import MODALITIES, PER_TOKEN, PIXELS
 from tokenfuse.registry import Registry, default_registry
 from tokenfuse.sessions.proportional import before_attention
 from tokenfuse.strategies._base import Attention, Strategy, Wants
@@ -35,8 +37,6 @@ class Drop(Strategy):
     """
 
     name: ClassVar[str] = "conformance_drop"
-    positions: Literal["keep", "contiguous"] = "keep"
-    attention: Literal["plain", "proportional"] = "plain"
     reduction: float = 0.5
     frames: bool = False
 
@@ -57,8 +57,6 @@ class Halves(Strategy):
     """Fuses each token of the second half of an item into the one as far into the first half."""
 
     name: ClassVar[str] = "conformance_halves"
-    positions: Literal["keep", "contiguous"] = "keep"
-    attention: Literal["plain", "proportional"] = "plain"
     reduce: Reduce = "mean"
 
     def fuse(self, plan: FusionPlan, x: Tensor) -> Tensor:
@@ -204,10 +202,14 @@ class AdapterConformance:
             **options,
         )
 
-    def attach(self, model: Any, strategy: Strategy = HALF) -> Any:
+    def attach(self, model: Any, strategy: Strategy = HALF, **options: Any) -> Any:
         """``tokenfuse.attach`` as this model needs it."""
         return tokenfuse.attach(
-            model, strategy, frames_as_images=self.frames_as_images, registry=self.registry
+            model,
+            strategy,
+            frames_as_images=self.frames_as_images,
+            registry=self.registry,
+            **options,
         )
 
     def placeholders(self, model: Any, inputs: Mapping[str, Any], modality: Modality) -> Tensor:
@@ -227,22 +229,24 @@ class AdapterConformance:
         model: Any,
         inputs: Mapping[str, Any],
         plans: Mapping[Any, Any],
-        since: Sequence[int] = (),
         proportional: bool = False,
     ) -> MaskedRun:
         """The full-length run in which what the plans drop is hidden.
 
-        ``since``: the columns at which later turns begin. ``proportional``: what is left is weighed
-        by the tokens it stands for.
+        ``proportional``: what is left is weighed by the tokens it stands for.
         """
         ids = inputs["input_ids"]
         hidden = torch.zeros_like(ids, dtype=torch.bool)
         owner = torch.arange(ids.shape[1]).expand_as(ids)
         adapter = self.adapter_of(model)
         with torch.no_grad():
-            encoded = adapter.encode(inputs, frames_as_images=self.frames_as_images, since=since)
+            encoded = adapter.encode(adapter.read(inputs))
         for part in encoded:
             here = self.placeholders(model, inputs, part.modality)
+            if self.frames_as_images:
+                # A video's frames follow each other, and hold nothing but tokens.
+                spans = [Span((1, 1, plan.num_source)) for plan in plans[part.modality]]
+                part = replace(part, spans=spans)
             hidden = hidden.masked_scatter(here, ~part.keep_mask(plans[part.modality]))
             column = owner[here]
             spans = column.split([span.size for span in part.spans])
@@ -275,6 +279,16 @@ class AdapterConformance:
     def adapter_of(self, model: Any) -> Adapter:
         """The adapter that is found for the model."""
         return prompt_adapter(model, self.registry or default_registry())
+
+    def encode(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        wants: Mapping[Modality, Wants] | None = None,
+    ) -> list[Encoded]:
+        """The items of the inputs, as the adapter has them."""
+        adapter = self.adapter_of(model)
+        return adapter.encode(adapter.read(inputs), wants, self.frames_as_images)
 
     def close(self, mine: Tensor, theirs: Tensor) -> None:
         """Assert that two tensors are equal up to rounding."""
@@ -316,11 +330,12 @@ class AdapterConformance:
         """Rows and columns of the grid are the rows and columns that M-RoPE gives the tokens."""
         model, inputs = self.model(self.attentions[0]), self.inputs(case)
         adapter = self.adapter_of(model)
-        positions = adapter.positions(inputs)
+        prompt = adapter.read(inputs)
+        positions = adapter.positions(prompt).ids
         if positions.ndim == 2:
             pytest.skip("1-D rope knows no rows and columns")
         with torch.no_grad():
-            encoded = adapter.encode(inputs, frames_as_images=self.frames_as_images)
+            encoded = adapter.encode(prompt, frames_as_images=self.frames_as_images)
         for part in encoded:
             here = self.placeholders(model, inputs, part.modality)
             rope = positions[-2:].expand(2, *here.shape)[:, here]
@@ -371,7 +386,7 @@ class AdapterConformance:
         model, inputs = self.model(self.attentions[0]), self.inputs(alone)
         short = self.compress(model, inputs, Halves())
         with torch.no_grad():
-            encoded = self.adapter_of(model).encode(inputs, frames_as_images=self.frames_as_images)
+            encoded = self.encode(model, inputs)
         for part in encoded:
             fused = short["mm_encoder_outputs"][part.modality]
             assert type(fused) is type(part.output)
@@ -433,6 +448,7 @@ class AdapterConformance:
     def test_seen_from_is_what_the_models_own_mask_says(self, case: str) -> None:
         """The first token that sees a visual one is told as the decoder's attention has it."""
         model, inputs = self.model(self.attentions[0]), self.inputs(case)
+        adapter = self.adapter_of(model)
         masks: list[Tensor | None] = []
 
         def catch(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -451,7 +467,7 @@ class AdapterConformance:
         first = visible.to(torch.uint8).argmax(1)
         # Padding sees nothing.
         begin = real.to(torch.uint8).argmax(-1, keepdim=True)
-        told = self.adapter_of(model).seen_from(inputs).maximum(begin)
+        told = adapter.seen_from(adapter.read(inputs)).maximum(begin)
         for modality in self.modalities:
             here = self.placeholders(model, inputs, modality) & real
             assert torch.equal(told[here], first[here])
@@ -461,11 +477,11 @@ class AdapterConformance:
     ) -> None:
         """A survivor gets the attention of all it stands for, also while answering, and later."""
         model, inputs = self.model(attention), self.inputs(answered)
-        spread = Spread(reduce="keep", attention="proportional")
+        spread = Spread(reduce="keep")
         plans = self.compress(model, inputs, Spread()).plans
         oracle = self.oracle(model, inputs, plans, proportional=True)
         expected, logits = oracle.answer(STEPS)
-        with self.attach(model, spread):
+        with self.attach(model, spread, attention="proportional"):
             out = self.generate(model, inputs)
             assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], expected)
             self.close(torch.stack(out.logits, 1), logits)
@@ -635,24 +651,28 @@ class AdapterConformance:
             [[("text", 1), (kind, 0), ("text", 2)], [("text", 3), (kind, 1), ("text", 4)]],
             [[("text", 6), (kind, 4), ("text", 7)], [("text", 8), (kind, 5), ("text", 9)]],
         ]
-        self.converse(turns, Spread(reduce="keep", attention="proportional"))
-        self.converse([turn[:1] for turn in turns], Halves(reduce="keep", attention="proportional"))
+        self.converse(turns, Spread(reduce="keep"), attention="proportional")
+        alone = [turn[:1] for turn in turns]
+        self.converse(alone, Halves(reduce="keep"), attention="proportional")
 
-    def converse(self, turns: Sequence[list[list[Part]]], strategy: Strategy = HALF) -> None:
+    def converse(
+        self,
+        turns: Sequence[list[list[Part]]],
+        strategy: Strategy = HALF,
+        attention: Literal["plain", "proportional"] = "plain",
+    ) -> None:
         """Hold every answer of a conversation against the oracle; a turn is a part of every row."""
         model = self.model(self.attentions[0])
         shown: list[list[Part]] = [[] for _ in turns[0]]
         whole: dict[str, Any] = {}
-        since: list[int] = []
-        proportional = strategy.attention == "proportional"
-        with self.attach(model, strategy) as session:
+        proportional = attention == "proportional"
+        with self.attach(model, strategy, attention=attention) as session:
             for number, turn in enumerate(turns):
                 rows = [a + b for a, b in zip(shown, turn, strict=True)]
                 if number == 0:
                     whole = self.prompt(rows)
                     out = self.generate(model, whole)
                 else:
-                    since.append(out.sequences.shape[1] - 1)
                     whole = self.conversation(shown, turn, whole, out.sequences)
                     later = whole | as_argument(cache_of(out))
                     if len(rows) > 1 and not _masked(model):
@@ -669,7 +689,7 @@ class AdapterConformance:
                     assert session.report.tokens_after < session.report.tokens_before
                     with torch.no_grad():
                         plans = self.plans_of_turns(model, turns[: number + 1], strategy)
-                    oracle = self.oracle(model, whole, plans, since, proportional)
+                    oracle = self.oracle(model, whole, plans, proportional)
                     expected, logits = oracle.answer(STEPS)
                     assert torch.equal(out.sequences[:, whole["input_ids"].shape[1] :], expected)
                     self.close(torch.stack(out.logits, 1), logits)
@@ -680,18 +700,12 @@ class AdapterConformance:
     ) -> dict[Modality, list[FusionPlan]]:
         """The plans of all items of a conversation, row by row, each turn's by itself."""
         merged: dict[Modality, list[FusionPlan]] = {}
-        delta = self.adapter_of(model).position_delta()
         for row in range(len(turns[0])):
             for turn in turns:
                 inputs = self.prompt([turn[row]])
-                # What its class compresses by itself, also while the model is attached.
-                found = self.adapter_of(model).encode(
-                    inputs, frames_as_images=self.frames_as_images
-                )
-                for part in found:
+                for part in self.encode(model, inputs):
                     plans = [strategy.plan(tokens) for tokens in part.items]
                     merged.setdefault(part.modality, []).extend(plans)
-        self.adapter_of(model).set_position_delta(delta)
         return merged
 
     def conversation(
@@ -746,12 +760,12 @@ class AdapterConformance:
         return ids[0, :1] if name == "input_ids" else ids.new_zeros(1)
 
     def test_one_encoded_prompt_answers_many_questions(self, answered: str) -> None:
-        """``encode`` once, ``ask`` many: each answer is that of the whole prompt, whatever came."""
+        """``prefill`` once, ``ask`` many: each answer is that of the whole prompt, whatever came."""
         model, inputs = self.model(self.attentions[0]), self.inputs(answered)
         rows = len(inputs["input_ids"])
         plans = self.compress(model, inputs).plans
         with self.attach(model) as session:
-            prompt = session.encode(inputs)
+            prompt = session.prefill(inputs)
             options = {"max_new_tokens": STEPS, "suppress_tokens": self.never(model)}
             for seed in (21, 22, 21):
                 question = self.question(rows, seed)
@@ -773,7 +787,7 @@ class AdapterConformance:
                 # Other layers than attention would read the padding.
                 with pytest.raises(PromptError, match="padding between"):
                     session.ask(prompt, *padded, **options)
-        with pytest.raises(AttachError, match="outside its with-block"):
+        with pytest.raises(AttachError, match="detached"):
             session.ask(prompt, question)
 
     # What cannot be done
@@ -832,7 +846,7 @@ class AdapterConformance:
             pytest.skip("this adapter supplies no saliency")
         wants: dict[Modality, Wants] = {m: Wants(Attention(-1)) for m in MODALITIES}
         with torch.no_grad():
-            encoded = self.adapter_of(model).encode(inputs, wants, self.frames_as_images)
+            encoded = self.encode(model, inputs, wants)
         for part in encoded:
             for tokens in part.items:
                 assert tokens.saliency is not None

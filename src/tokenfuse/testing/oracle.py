@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenfuse.adapters._base import PER_TOKEN
+from tokenfuse.prompt.inputs import PER_TOKEN
 from tokenfuse.sessions.proportional import before_attention
 
 
