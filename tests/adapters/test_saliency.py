@@ -247,12 +247,13 @@ def test_squares_of_patches_are_pooled(rows, columns, side, prefix):
 # What is refused
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
-def test_hidden_patches_are_refused_where_saliency_is_asked_for(name):
+def test_hidden_patches_are_refused_where_saliency_is_asked_for(name, attention):
     inputs = FAMILIES[name].prompt([[("text", 1), ("image", 0), ("text", 2)]])
     inputs["pixel_attention_mask"] = inputs["pixel_attention_mask"].clone()
     inputs["pixel_attention_mask"][..., 12:] = 0
-    adapter = adapter_of(name)
+    adapter = adapter_of(name, attention)
     assert len(items_of(adapter, inputs)) == 1
     with pytest.raises(UnsupportedModelError, match="pixel_attention_mask hides patches"):
         items_of(adapter, inputs, Attention(0))

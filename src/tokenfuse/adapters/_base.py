@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenfuse.adapters import _spans as layout
+from tokenfuse.adapters._saliency import QueriesKeys, listen
 from tokenfuse.adapters._spans import Span, flat
 from tokenfuse.errors import PromptError, UnsupportedModelError
 from tokenfuse.plan import DROPPED, FusionPlan
@@ -87,20 +88,20 @@ class Encoded:
 
 
 class _Tower(NamedTuple):
-    """What the vision tower made of one modality: ``features (n, D)``, and attention, if heard."""
+    """What the vision tower made of one modality: ``features (n, D)``, and ``saliency (N,)``."""
 
     modality: Modality
     kind: Modality
     output: Any
     features: Tensor
     spans: list[Span]
-    heard: list[Tensor]
+    saliency: Tensor | None
 
     def items(self, texts: Sequence[Tensor] | None) -> list[VisualTokens]:
-        """Each item as tokens, without what is none."""
+        """The visual tokens of each item, without the features that are no visual tokens."""
         saliency: Sequence[Tensor | None] = [None] * len(self.spans)
-        if self.heard:
-            saliency = torch.cat(self.heard).split([span.num_tokens for span in self.spans])
+        if self.saliency is not None:
+            saliency = self.saliency.split([span.num_tokens for span in self.spans])
         parts = self.features.split([span.size for span in self.spans])
         return [
             VisualTokens.from_grid(
@@ -134,8 +135,11 @@ def takes_features(model: Any) -> bool:
 
     The base model inside it has the same config, and so has a wrapper such as PEFT's.
     """
-    whole = hasattr(type(model), "base_model_prefix") and model.base_model is not model
-    return whole and "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+    try:
+        whole = hasattr(type(model), "base_model_prefix") and model.base_model is not model
+        return whole and "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+    except (AttributeError, TypeError, ValueError):
+        return False  # Something else that only looks like a transformers model.
 
 
 class Adapter(ModelAdapter):
@@ -146,15 +150,55 @@ class Adapter(ModelAdapter):
     """
 
     family: ClassVar[tuple[str, ...]] = ()
-    """Values of ``config.model_type`` of the models that it fits."""
-    supplies: ClassVar[frozenset[Need]] = frozenset({"text"})
-    """What it can give a strategy beside features: ``saliency``, ``text``."""
+    """Values of ``config.model_type`` of the models that the adapter fits."""
+    towers: ClassVar[tuple[str, ...]] = ()
+    """Values of ``config.vision_config.model_type`` that the adapter fits; any tower if empty."""
 
     @classmethod
     def matches(cls, model: Any) -> bool:
-        """Whether the model is of the ``family``, and itself a transformers VLM that generates."""
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        return kind in cls.family and takes_features(model)
+        """Whether the model is of the ``family``, with one of the ``towers``, and generates.
+
+        Never raises, whatever ``model`` is.
+        """
+        config = getattr(model, "config", None)
+        vision = getattr(config, "vision_config", None)
+        return (
+            getattr(config, "model_type", None) in cls.family
+            and (not cls.towers or getattr(vision, "model_type", None) in cls.towers)
+            and takes_features(model)
+        )
+
+    @property
+    def supplies(self) -> frozenset[Need]:
+        """What a strategy can get beside features: ``text``, and ``saliency`` by queries_keys."""
+        if type(self).queries_keys is Adapter.queries_keys:
+            return frozenset({"text"})
+        return frozenset({"saliency", "text"})
+
+    def attention_modules(self, modality: Modality) -> Sequence[nn.Module]:
+        """The attention of each block of the tower that reads a modality, the first block first.
+
+        By default none: the adapter supplies no saliency.
+        """
+        return ()
+
+    def queries_keys(self, module: Any, modality: Modality, **call: Any) -> QueriesKeys:
+        """Queries and keys of one call of one of the ``attention_modules``.
+
+        ``call``: what the module is called with, by name. An adapter that overrides this supplies
+        saliency. Raises UnsupportedModelError where queries and keys do not tell the attention.
+        """
+        raise NotImplementedError
+
+    def arrange_saliency(
+        self, saliency: Tensor, block: int, inputs: Mapping[str, Any], modality: Modality
+    ) -> Tensor:
+        """The saliency ``(N,)`` of all tokens of a modality, in the order of the items.
+
+        ``saliency (n,)``: that of each group of patches in one vision ``block``, in the tower's
+        order. By default each group is a token, and the order is that of the items.
+        """
+        return saliency
 
     def spans(
         self, inputs: Mapping[str, Any], modality: Modality, entries: Sequence[Tensor]
@@ -248,13 +292,11 @@ class Adapter(ModelAdapter):
             frames = modality == "image" and frames_as_images
             kind: Modality = "video" if frames else modality
             attention = wants.get(kind, Wants()).attention
-            with self.listen(attention, inputs, modality) as heard:
+            with self.listen(attention, modality) as heard:
                 output = self._encode(inputs, modality)
-            if attention and not heard:
-                raise UnsupportedModelError(
-                    f"vision block {attention.block} of {type(self.model).__name__} did not run, "
-                    "so that its attention cannot be read: choose another block"
-                )
+            saliency = None
+            if attention is not None:
+                saliency = self._saliency(heard, attention.block, inputs, modality)
             entries = [flat([entry]) for entry in output.pooler_output]
             features = flat(entries)
             spans = self.spans(inputs, modality, entries)
@@ -263,7 +305,7 @@ class Adapter(ModelAdapter):
                 places = self.places(inputs, modality, spans)
                 videos = [(row, sum(at >= begins for begins in since)) for row, at in places]
                 spans = layout.as_frames(spans, videos)
-            found.append(_Tower(modality, kind, output, features, spans, heard))
+            found.append(_Tower(modality, kind, output, features, spans, saliency))
         asked = [tower for tower in found if wants.get(tower.kind, Wants()).text]
         texts = self._texts(inputs, found) if asked else {}
         return [
@@ -272,15 +314,35 @@ class Adapter(ModelAdapter):
         ]
 
     def listen(
-        self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
+        self, attention: Attention | None, modality: Modality
     ) -> AbstractContextManager[list[Tensor]]:
-        """Collect the saliency ``(N,)`` of every call of the vision tower inside the block.
+        """Collect the saliency of each call of the chosen vision block that this thread makes.
 
-        ``inputs`` and ``modality`` are what the tower is about to read.
-
-        An adapter that supplies saliency overrides this, with ``supply.listen``.
+        Raises ConfigError where the tower has no such block, UnsupportedModelError where the
+        adapter supplies no saliency.
         """
-        return nullcontext([])
+        if attention is None:
+            return nullcontext([])
+        if "saliency" not in self.supplies:
+            raise UnsupportedModelError(
+                f"adapter {self.name} supplies no saliency: choose a strategy that needs features "
+                "only"
+            )
+
+        def queries_keys(module: nn.Module, **call: Any) -> QueriesKeys:
+            return self.queries_keys(module, modality, **call)
+
+        return listen(self.attention_modules(modality), attention, queries_keys)
+
+    def _saliency(
+        self, heard: Sequence[Tensor], block: int, inputs: Mapping[str, Any], modality: Modality
+    ) -> Tensor:
+        if not heard:
+            raise UnsupportedModelError(
+                f"vision block {block} of {type(self.model).__name__} did not run, so that its "
+                "attention cannot be read: choose another block"
+            )
+        return self.arrange_saliency(torch.cat(list(heard)), block, inputs, modality)
 
     def _encoder(self, modality: Modality) -> Callable[..., Any]:
         method: Callable[..., Any] | None = getattr(
