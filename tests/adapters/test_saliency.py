@@ -2,6 +2,8 @@
 
 import functools
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -209,6 +211,59 @@ def test_no_hook_stays(name):
     with pytest.raises(ConfigError, match=r"has 3; expected -3\.\.2"):
         items_of(adapter, inputs, Attention(3))
     assert all(x.saliency is None for x in items_of(adapter, inputs))
+    assert all(not module._forward_pre_hooks for module in adapter.model.modules())
+
+
+class Interleaved:
+    """Two threads in one tower: each runs it from end to end while the other one listens, too."""
+
+    def __init__(self, tower):
+        self.met, self.parted = (threading.Barrier(2, timeout=60) for _ in range(2))
+        self.first_has_run = threading.Event()
+        self.order = []
+        self.handles = [
+            tower.register_forward_pre_hook(self.enter),
+            tower.register_forward_hook(self.leave),
+        ]
+
+    def enter(self, *_):
+        first = self.met.wait() == 0
+        if not first:
+            assert self.first_has_run.wait(60)
+        self.order.append(threading.get_ident())
+
+    def leave(self, *_):
+        self.order.append(threading.get_ident())
+        self.first_has_run.set()
+        self.parted.wait()
+
+    def run(self, *calls):
+        try:
+            with ThreadPoolExecutor(len(calls)) as pool:
+                return [future.result() for future in [pool.submit(call) for call in calls]]
+        finally:
+            for handle in self.handles:
+                handle.remove()
+
+
+@pytest.mark.parametrize("asked", [Attention(0), Attention(-1), None])
+@pytest.mark.parametrize("name", ["qwen3_vl", *NAMES])
+def test_two_threads_hear_their_own_calls_alone(name, asked):
+    adapter, listening = adapter_of(name), Attention(0)
+    one, other = (FAMILIES[name].prompt([row]) for row in rows_of("image"))
+    wanted = [(one, listening), (other, asked)]
+    expected = [items_of(adapter, *want) for want in wanted]
+    threads = Interleaved(tower_of(adapter))
+    found = threads.run(*(functools.partial(items_of, adapter, *want) for want in wanted))
+    a, b = threads.order[0], threads.order[2]
+    assert threads.order == [a, a, b, b]
+    assert a != b
+    for mine, alone in zip(found, expected, strict=True):
+        for tokens, single in zip(mine, alone, strict=True):
+            assert torch.equal(tokens.features, single.features)
+            assert (tokens.saliency is None) == (single.saliency is None)
+            if single.saliency is not None:
+                assert torch.equal(tokens.saliency, single.saliency)
     assert all(not module._forward_pre_hooks for module in adapter.model.modules())
 
 
