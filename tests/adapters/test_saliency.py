@@ -2,6 +2,8 @@
 
 import functools
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -212,6 +214,59 @@ def test_no_hook_stays(name):
     assert all(not module._forward_pre_hooks for module in adapter.model.modules())
 
 
+class Interleaved:
+    """Two threads in one tower: each runs it from end to end while the other one listens, too."""
+
+    def __init__(self, tower):
+        self.met, self.parted = (threading.Barrier(2, timeout=60) for _ in range(2))
+        self.first_has_run = threading.Event()
+        self.order = []
+        self.handles = [
+            tower.register_forward_pre_hook(self.enter),
+            tower.register_forward_hook(self.leave),
+        ]
+
+    def enter(self, *_):
+        first = self.met.wait() == 0
+        if not first:
+            assert self.first_has_run.wait(60)
+        self.order.append(threading.get_ident())
+
+    def leave(self, *_):
+        self.order.append(threading.get_ident())
+        self.first_has_run.set()
+        self.parted.wait()
+
+    def run(self, *calls):
+        try:
+            with ThreadPoolExecutor(len(calls)) as pool:
+                return [future.result() for future in [pool.submit(call) for call in calls]]
+        finally:
+            for handle in self.handles:
+                handle.remove()
+
+
+@pytest.mark.parametrize("asked", [Attention(0), Attention(-1), None])
+@pytest.mark.parametrize("name", ["qwen3_vl", *NAMES])
+def test_two_threads_hear_their_own_calls_alone(name, asked):
+    adapter, listening = adapter_of(name), Attention(0)
+    one, other = (FAMILIES[name].prompt([row]) for row in rows_of("image"))
+    wanted = [(one, listening), (other, asked)]
+    expected = [items_of(adapter, *want) for want in wanted]
+    threads = Interleaved(tower_of(adapter))
+    found = threads.run(*(functools.partial(items_of, adapter, *want) for want in wanted))
+    a, b = threads.order[0], threads.order[2]
+    assert threads.order == [a, a, b, b]
+    assert a != b
+    for mine, alone in zip(found, expected, strict=True):
+        for tokens, single in zip(mine, alone, strict=True):
+            assert torch.equal(tokens.features, single.features)
+            assert (tokens.saliency is None) == (single.saliency is None)
+            if single.saliency is not None:
+                assert torch.equal(tokens.saliency, single.saliency)
+    assert all(not module._forward_pre_hooks for module in adapter.model.modules())
+
+
 # The kernel
 
 
@@ -247,12 +302,13 @@ def test_squares_of_patches_are_pooled(rows, columns, side, prefix):
 # What is refused
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
-def test_hidden_patches_are_refused_where_saliency_is_asked_for(name):
+def test_hidden_patches_are_refused_where_saliency_is_asked_for(name, attention):
     inputs = FAMILIES[name].prompt([[("text", 1), ("image", 0), ("text", 2)]])
     inputs["pixel_attention_mask"] = inputs["pixel_attention_mask"].clone()
     inputs["pixel_attention_mask"][..., 12:] = 0
-    adapter = adapter_of(name)
+    adapter = adapter_of(name, attention)
     assert len(items_of(adapter, inputs)) == 1
     with pytest.raises(UnsupportedModelError, match="pixel_attention_mask hides patches"):
         items_of(adapter, inputs, Attention(0))

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenfuse.adapters import _spans as layout
+from tokenfuse.adapters._saliency import QueriesKeys, listen
 from tokenfuse.adapters._spans import Span, flat
 from tokenfuse.errors import PromptError, UnsupportedModelError
 from tokenfuse.plan import DROPPED, FusionPlan
@@ -79,7 +80,7 @@ class Encoded:
 
 
 class _Tower(NamedTuple):
-    """What the vision tower made of one modality: ``features (n, D)``, and saliency, if heard.
+    """What the vision tower made of one modality: ``features (n, D)``, and ``saliency (N,)``.
 
     ``places``: where each span begins and ends in the prompt. ``again``: how many spans were left
     out because an earlier turn has read them.
@@ -90,7 +91,7 @@ class _Tower(NamedTuple):
     output: Any
     features: Tensor
     spans: list[Span]
-    heard: list[Tensor]
+    saliency: Tensor | None
     places: list[tuple[Place, Place]]
     again: int = 0
 
@@ -101,15 +102,15 @@ class _Tower(NamedTuple):
         output = _map_features(
             self.output, lambda features: [flat(features).split(sizes)[i] for i in new]
         )
-        heard = self.heard
-        if heard:
-            parts = torch.cat(heard).split([span.num_tokens for span in self.spans])
-            heard = [parts[i] for i in new]
+        saliency = self.saliency
+        if saliency is not None:
+            parts = saliency.split([span.num_tokens for span in self.spans])
+            saliency = torch.cat([saliency[:0], *(parts[i] for i in new)])
         return self._replace(
             output=output,
             features=flat(output.pooler_output) if new else self.features[:0],
             spans=[self.spans[i] for i in new],
-            heard=heard,
+            saliency=saliency,
             places=[self.places[i] for i in new],
             again=len(self.spans) - len(new),
         )
@@ -128,8 +129,8 @@ class _Tower(NamedTuple):
         ``texts``: the embedded text of each prompt of the batch, where it is wanted.
         """
         saliency: Sequence[Tensor | None] = [None] * len(self.spans)
-        if self.heard:
-            saliency = torch.cat(self.heard).split([span.num_tokens for span in self.spans])
+        if self.saliency is not None:
+            saliency = self.saliency.split([span.num_tokens for span in self.spans])
         parts = self.features.split([span.size for span in self.spans])
         return [
             VisualTokens.from_grid(
@@ -165,8 +166,11 @@ def takes_features(model: Any) -> bool:
 
     The base model inside it has the same config, and so has a wrapper such as PEFT's.
     """
-    whole = hasattr(type(model), "base_model_prefix") and model.base_model is not model
-    return whole and "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+    try:
+        whole = hasattr(type(model), "base_model_prefix") and model.base_model is not model
+        return whole and "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+    except (AttributeError, TypeError, ValueError):
+        return False  # Something else that only looks like a transformers model.
 
 
 class Adapter(ModelAdapter):
@@ -177,15 +181,55 @@ class Adapter(ModelAdapter):
     """
 
     family: ClassVar[tuple[str, ...]] = ()
-    """Values of ``config.model_type`` of the models that it fits."""
-    supplies: ClassVar[frozenset[Need]] = frozenset({"text"})
-    """What it can give a strategy beside features: ``saliency``, ``text``."""
+    """Values of ``config.model_type`` of the models that the adapter fits."""
+    towers: ClassVar[tuple[str, ...]] = ()
+    """Values of ``config.vision_config.model_type`` that the adapter fits; any tower if empty."""
 
     @classmethod
     def matches(cls, model: Any) -> bool:
-        """Whether the model is of the ``family``, and itself a transformers VLM that generates."""
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        return kind in cls.family and takes_features(model)
+        """Whether the model is of the ``family``, with one of the ``towers``, and generates.
+
+        Never raises, whatever ``model`` is.
+        """
+        config = getattr(model, "config", None)
+        vision = getattr(config, "vision_config", None)
+        return (
+            getattr(config, "model_type", None) in cls.family
+            and (not cls.towers or getattr(vision, "model_type", None) in cls.towers)
+            and takes_features(model)
+        )
+
+    @property
+    def supplies(self) -> frozenset[Need]:
+        """What a strategy can get beside features: ``text``, and ``saliency`` by queries_keys."""
+        if type(self).queries_keys is Adapter.queries_keys:
+            return frozenset({"text"})
+        return frozenset({"saliency", "text"})
+
+    def attention_modules(self, modality: Modality) -> Sequence[nn.Module]:
+        """The attention of each block of the tower that reads a modality, the first block first.
+
+        By default none: the adapter supplies no saliency.
+        """
+        return ()
+
+    def queries_keys(self, module: Any, modality: Modality, **call: Any) -> QueriesKeys:
+        """Queries and keys of one call of one of the ``attention_modules``.
+
+        ``call``: what the module is called with, by name. An adapter that overrides this supplies
+        saliency. Raises UnsupportedModelError where queries and keys do not tell the attention.
+        """
+        raise NotImplementedError
+
+    def arrange_saliency(
+        self, saliency: Tensor, block: int, inputs: Mapping[str, Any], modality: Modality
+    ) -> Tensor:
+        """The saliency ``(N,)`` of all tokens of a modality, in the order of the items.
+
+        ``saliency (n,)``: that of each group of patches in one vision ``block``, in the tower's
+        order. By default each group is a token, and the order is that of the items.
+        """
+        return saliency
 
     def spans(
         self, inputs: Mapping[str, Any], modality: Modality, entries: Sequence[Tensor]
@@ -308,37 +352,55 @@ class Adapter(ModelAdapter):
             places = prompt.places(modality, counts)
             new = [i for i, ((_, column), _) in enumerate(places) if column >= since]
             if not new:
-                return _Tower(modality, kind, None, prompt.ids.new_empty(0, 0), [], [], [])
+                return _Tower(modality, kind, None, prompt.ids.new_empty(0, 0), [], None, [])
             inputs = {**inputs, **self.pixels_of(inputs, modality, new)}
         attention = wants.get(kind, Wants()).attention
-        with self.listen(attention, inputs, modality) as heard:
+        with self.listen(attention, modality) as heard:
             output = self._encode(inputs, modality)
-        if attention and not heard:
-            raise UnsupportedModelError(
-                f"vision block {attention.block} of {type(self.model).__name__} did not run, "
-                "so that its attention cannot be read: choose another block"
-            )
+        saliency = None
+        if attention is not None:
+            saliency = self._saliency(heard, attention.block, inputs, modality)
         entries = [flat([entry]) for entry in output.pooler_output]
         features = flat(entries)
         spans = self.spans(inputs, modality, entries)
         layout.check_spans(spans, len(features), modality)
         sizes = [span.size for span in spans]
         places = prompt.places(modality, sizes, since if counts is not None else 0)
-        tower = _Tower(modality, kind, output, features, spans, heard, places)
+        tower = _Tower(modality, kind, output, features, spans, saliency, places)
         if since and counts is None:
             tower = tower.since(since)
         return tower.as_frames() if frames else tower
 
     def listen(
-        self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
+        self, attention: Attention | None, modality: Modality
     ) -> AbstractContextManager[list[Tensor]]:
-        """Collect the saliency ``(N,)`` of every call of the vision tower inside the block.
+        """Collect the saliency of each call of the chosen vision block that this thread makes.
 
-        ``inputs`` and ``modality`` are what the tower is about to read.
-
-        An adapter that supplies saliency overrides this, with ``supply.listen``.
+        Raises ConfigError where the tower has no such block, UnsupportedModelError where the
+        adapter supplies no saliency.
         """
-        return nullcontext([])
+        if attention is None:
+            return nullcontext([])
+        if "saliency" not in self.supplies:
+            raise UnsupportedModelError(
+                f"adapter {self.name} supplies no saliency: choose a strategy that needs features "
+                "only"
+            )
+
+        def queries_keys(module: nn.Module, **call: Any) -> QueriesKeys:
+            return self.queries_keys(module, modality, **call)
+
+        return listen(self.attention_modules(modality), attention, queries_keys)
+
+    def _saliency(
+        self, heard: Sequence[Tensor], block: int, inputs: Mapping[str, Any], modality: Modality
+    ) -> Tensor:
+        if not heard:
+            raise UnsupportedModelError(
+                f"vision block {block} of {type(self.model).__name__} did not run, so that its "
+                "attention cannot be read: choose another block"
+            )
+        return self.arrange_saliency(torch.cat(list(heard)), block, inputs, modality)
 
     def _encoder(self, modality: Modality) -> Callable[..., Any]:
         method: Callable[..., Any] | None = getattr(

@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenfuse.adapters._base import Adapter
-from tokenfuse.adapters._saliency import QueriesKeys, listen
-from tokenfuse.strategies._base import Attention, Need
+from tokenfuse.adapters._saliency import QueriesKeys
 from tokenfuse.tokens import Modality
 
 
 class Packed(Adapter):
-    """A tower of this kind, whose saliency is read block by block."""
+    """A tower of this kind: queries and keys of its attention."""
 
-    supplies: ClassVar[frozenset[Need]] = frozenset({"saliency", "text"})
+    def attention_modules(self, modality: Modality) -> Sequence[nn.Module]:
+        return [block.attn for block in self.model.base_model.visual.blocks]
 
-    def listen(
-        self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
-    ) -> AbstractContextManager[list[Tensor]]:
-        blocks = [block.attn for block in self.model.base_model.visual.blocks]
-        return listen(blocks, attention, queries_keys)
+    def queries_keys(self, module: Any, modality: Modality, **call: Any) -> QueriesKeys:
+        return packed_frames(module, **call)
 
 
-def queries_keys(
+def packed_frames(
     module: Any,
     hidden_states: Tensor,
     cu_seqlens: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     **_: Any,
 ) -> QueriesKeys:
-    """Queries and keys of one attention module of such a tower."""
+    """Queries and keys of one attention module, called with a row ``(n, D)`` of patches."""
     # The rotation that the tower itself applies, from its own module.
     rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb_vision
     # A frame's patches attend to each other; the attention itself reads these lengths, too.

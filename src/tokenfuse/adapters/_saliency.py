@@ -1,4 +1,4 @@
-"""What an adapter gives a strategy beside features: saliency and the prompt's text."""
+"""Saliency: the attention that visual tokens get in a block of the vision tower."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isqrt
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -37,46 +38,33 @@ class QueriesKeys(NamedTuple):
 @contextmanager
 def listen(
     modules: Sequence[torch.nn.Module],
-    attention: Attention | None,
+    attention: Attention,
     queries_keys: Callable[..., QueriesKeys],
 ) -> Iterator[list[Tensor]]:
-    """Collect the saliency of every call of one vision block inside the block, call by call.
+    """Collect the saliency of each call of one of the attention modules, call by call.
+
+    Inside the block only the calls of the thread that entered it are heard: another thread may
+    encode on the same model meanwhile. ``queries_keys(module, **call)`` is asked about each.
 
     Raises ConfigError if there is no such vision block.
     """
-    found: list[Tensor] = []
-    if attention is None:
-        yield found
-        return
     if not -len(modules) <= attention.block < len(modules):
         raise ConfigError(
             f"block: {attention.block} is not a vision block of this model, which has "
             f"{len(modules)}; expected {-len(modules)}..{len(modules) - 1}"
         )
     score = attention_received if attention.query == "each" else mean_query_attention
+    heard: list[Tensor] = []
+    listener = get_ident()
 
     @torch.no_grad()
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(score(*queries_keys(module, **_by_name(module, args, kwargs))))
+        if get_ident() == listener:
+            heard.append(score(*queries_keys(module, **_by_name(module, args, kwargs))))
 
     handle = modules[attention.block].register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        yield found
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def calls(module: torch.nn.Module) -> Iterator[list[dict[str, Any]]]:
-    """Collect what a module is called with inside the block, by name, call by call."""
-    found: list[dict[str, Any]] = []
-
-    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(_by_name(module, args, kwargs))
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield found
+        yield heard
     finally:
         handle.remove()
 

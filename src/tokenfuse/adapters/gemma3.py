@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import nn
 
 from tokenfuse.adapters._base import Adapter
-from tokenfuse.adapters._saliency import listen, square_frames
-from tokenfuse.strategies._base import Attention, Need
+from tokenfuse.adapters._saliency import QueriesKeys, square_frames
 from tokenfuse.tokens import Modality
 
 
@@ -23,19 +20,12 @@ class Gemma3(Adapter):
     """
 
     name: ClassVar[str] = "gemma3"
-    supplies: ClassVar[frozenset[Need]] = frozenset({"saliency", "text"})
     family: ClassVar[tuple[str, ...]] = ("gemma3",)
+    towers: ClassVar[tuple[str, ...]] = ("siglip_vision_model",)
 
-    @classmethod
-    def matches(cls, model: Any) -> bool:
-        vision = getattr(getattr(model, "config", None), "vision_config", None)
-        tower = getattr(vision, "model_type", None)
-        return super().matches(model) and tower == "siglip_vision_model"
+    def attention_modules(self, modality: Modality) -> Sequence[nn.Module]:
+        return [layer.self_attn for layer in self.model.base_model.vision_tower.encoder.layers]
 
-    def listen(
-        self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
-    ) -> AbstractContextManager[list[Tensor]]:
-        base = self.model.base_model
-        blocks = [layer.self_attn for layer in base.vision_tower.encoder.layers]
-        group = base.multi_modal_projector.kernel_size**2
-        return listen(blocks, attention, partial(square_frames, group=group))
+    def queries_keys(self, module: Any, modality: Modality, **call: Any) -> QueriesKeys:
+        side = self.model.base_model.multi_modal_projector.kernel_size
+        return square_frames(module, **call, group=side**2)

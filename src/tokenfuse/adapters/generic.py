@@ -22,8 +22,9 @@ class Generic(Adapter):
 
     @classmethod
     def matches(cls, model: Any) -> bool:
-        if not takes_features(model) or getattr(model.config, "vision_config", None) is None:
+        config = getattr(model, "config", None)
+        if getattr(config, "vision_config", None) is None or not takes_features(model):
             return False
         # An encoder-decoder's visual tokens go into its encoder.
-        decoder = not getattr(model.config, "is_encoder_decoder", False)
+        decoder = not getattr(config, "is_encoder_decoder", False)
         return decoder and any(hasattr(model.base_model, f"get_{m}_features") for m in MODALITIES)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import nn
 
 from tokenfuse.adapters._base import Adapter
-from tokenfuse.adapters._saliency import listen, square_frames
-from tokenfuse.strategies._base import Attention, Need
+from tokenfuse.adapters._saliency import QueriesKeys, square_frames
 from tokenfuse.tokens import Modality
 
 
@@ -23,16 +20,12 @@ class InternVL(Adapter):
     """
 
     name: ClassVar[str] = "internvl"
-    supplies: ClassVar[frozenset[Need]] = frozenset({"saliency", "text"})
     family: ClassVar[tuple[str, ...]] = ("internvl",)
+    towers: ClassVar[tuple[str, ...]] = ("internvl_vision",)
 
-    @classmethod
-    def matches(cls, model: Any) -> bool:
-        return super().matches(model) and model.config.vision_config.model_type == "internvl_vision"
+    def attention_modules(self, modality: Modality) -> Sequence[nn.Module]:
+        return [layer.attention for layer in self.model.base_model.vision_tower.encoder.layer]
 
-    def listen(
-        self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
-    ) -> AbstractContextManager[list[Tensor]]:
-        blocks = [layer.attention for layer in self.model.base_model.vision_tower.encoder.layer]
-        group = round(1 / self.model.config.downsample_ratio) ** 2
-        return listen(blocks, attention, partial(square_frames, prefix=1, group=group))
+    def queries_keys(self, module: Any, modality: Modality, **call: Any) -> QueriesKeys:
+        side = round(1 / self.model.config.downsample_ratio)
+        return square_frames(module, **call, prefix=1, group=side**2)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tokenfuse.adapters import _saliency as supply
 from tokenfuse.adapters._anyres import AnyRes
-from tokenfuse.adapters.llava import TOWERS
-from tokenfuse.strategies._base import Attention, Need
+from tokenfuse.adapters._clip import ClipTower
+from tokenfuse.adapters._saliency import QueriesKeys, square_frames
 from tokenfuse.tokens import Modality
 
 
-class LlavaNext(AnyRes):
+class LlavaNext(ClipTower, AnyRes):
     """LLaVA-NeXT, LLaVA-NeXT-Video: tiles of images, squares of patches of videos, 1-D rope.
 
     Saliency in a CLIP tower is what the class token of a tile or a frame pays. Of an image's joined
@@ -25,31 +22,19 @@ class LlavaNext(AnyRes):
     """
 
     name: ClassVar[str] = "llava_next"
-    supplies: ClassVar[frozenset[Need]] = frozenset({"saliency", "text"})
     family: ClassVar[tuple[str, ...]] = ("llava_next", "llava_next_video")
 
-    @classmethod
-    def matches(cls, model: Any) -> bool:
-        return super().matches(model) and model.config.vision_config.model_type in TOWERS
+    def queries_keys(self, module: Any, modality: Modality, **call: Any) -> QueriesKeys:
+        side = self.model.config.spatial_pool_stride if modality == "video" else 1
+        return square_frames(module, **call, prefix=self.prefix, group=side**2)
 
-    @contextmanager
-    def listen(
-        self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
-    ) -> Iterator[list[Tensor]]:
-        config, video = self.model.config, modality == "video"
-        blocks = [layer.self_attn for layer in self.model.base_model.vision_tower.encoder.layers]
-        square = partial(
-            supply.square_frames,
-            prefix=TOWERS[config.vision_config.model_type],
-            group=config.spatial_pool_stride**2 if video else 1,
-        )
-        with supply.listen(blocks, attention, square) as heard:
-            yield heard
-        if not video:
-            heard[:] = [part for found in heard for part in self._joined(inputs, found)]
-
-    def _joined(self, inputs: Mapping[str, Any], found: Tensor) -> list[Tensor]:
+    def arrange_saliency(
+        self, saliency: Tensor, block: int, inputs: Mapping[str, Any], modality: Modality
+    ) -> Tensor:
+        if modality == "video":
+            return saliency
         whole = self.side**2
-        images = self.pack(inputs, found.view(-1, whole, 1), None)
+        images = self.pack(inputs, saliency.view(-1, whole, 1), None)
         parts = [part for image in images for part in image.flatten().tensor_split([whole])]
-        return [part / part.sum().clamp_min(torch.finfo(part.dtype).tiny) for part in parts]
+        tiny = torch.finfo(saliency.dtype).tiny
+        return torch.cat([part / part.sum().clamp_min(tiny) for part in parts])

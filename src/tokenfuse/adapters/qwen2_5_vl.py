@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from tokenfuse.adapters._packed import Packed
-from tokenfuse.adapters._saliency import calls
-from tokenfuse.strategies._base import Attention
 from tokenfuse.tokens import Modality
 
 
@@ -25,22 +22,10 @@ class Qwen25VL(Packed):
     name: ClassVar[str] = "qwen2_5_vl"
     family: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
 
-    @contextmanager
-    def listen(
-        self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
-    ) -> Iterator[list[Tensor]]:
-        with (
-            calls(self.model.base_model.visual) as towers,
-            super().listen(attention, inputs, modality) as heard,
-        ):
-            yield heard
-        if attention is not None:
-            for i, (call, found) in enumerate(zip(towers, heard, strict=True)):
-                heard[i] = self._raster(found, call["grid_thw"], attention.block)
-
-    def _raster(self, found: Tensor, grids: Tensor, block: int) -> Tensor:
-        """The saliency ``(N,)`` of tokens in window order, in the order of the grids."""
-        visual = self.model.base_model.visual
+    def arrange_saliency(
+        self, saliency: Tensor, block: int, inputs: Mapping[str, Any], modality: Modality
+    ) -> Tensor:
+        visual, grids = self.model.base_model.visual, inputs[f"{modality}_grid_thw"]
         # The tower's own order, by the function that it calls.
         index, ends = sys.modules[type(visual).__module__].get_vision_window_index(
             grids, visual.spatial_merge_size, visual.window_size, visual.patch_size
@@ -50,5 +35,6 @@ class Qwen25VL(Packed):
             frame = grids[:, 1:].prod(-1) // visual.spatial_merge_unit
             frame = frame.repeat_interleave(frame * grids[:, 0])
             # A window is within a frame, and an item has the same places in both orders.
-            found = found * (window.repeat_interleave(window) / frame).to(found.device)
-        return found.new_empty(found.shape).index_copy(0, index.to(found.device), found)
+            share = window.repeat_interleave(window) / frame
+            saliency = saliency * share.to(saliency.device)
+        return saliency.new_empty(saliency.shape).index_copy(0, index.to(saliency.device), saliency)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from tokenfuse.adapters._base import Adapter
-from tokenfuse.adapters._saliency import QueriesKeys, calls, listen, square_frames
+from tokenfuse.adapters._saliency import QueriesKeys, square_frames
 from tokenfuse.errors import UnsupportedModelError
-from tokenfuse.strategies._base import Attention, Need
 from tokenfuse.tokens import Modality
 
 
@@ -23,25 +22,28 @@ class SmolVLM(Adapter):
     """
 
     name: ClassVar[str] = "smolvlm"
-    supplies: ClassVar[frozenset[Need]] = frozenset({"saliency", "text"})
     family: ClassVar[tuple[str, ...]] = ("smolvlm", "idefics3")
 
-    @contextmanager
-    def listen(
-        self, attention: Attention | None, inputs: Mapping[str, Any], modality: Modality
-    ) -> Iterator[list[Tensor]]:
-        tower, group = self.model.base_model.vision_model, self.model.config.scale_factor**2
+    def attention_modules(self, modality: Modality) -> Sequence[nn.Module]:
+        return [layer.self_attn for layer in self.model.base_model.vision_model.encoder.layers]
 
-        def queries_keys(module: Any, hidden_states: Tensor, **_: Any) -> QueriesKeys:
-            shown = towers[-1].get("patch_attention_mask")
-            if shown is not None and not bool(shown.all()):
-                raise UnsupportedModelError(
-                    "pixel_attention_mask hides patches of an image, between which attention is "
-                    "not read; expected ones for every image: let the processor resize images "
-                    "rather than pad them, or choose a strategy without saliency"
-                )
-            return square_frames(module, hidden_states, group=group)
+    def queries_keys(
+        self,
+        module: Any,
+        modality: Modality,
+        attention_mask: Tensor | None = None,
+        **call: Any,
+    ) -> QueriesKeys:
+        if attention_mask is not None and hides(attention_mask):
+            raise UnsupportedModelError(
+                "pixel_attention_mask hides patches of an image, between which attention is not "
+                "read; expected ones for every image: let the processor resize images rather than "
+                "pad them, or choose a strategy without saliency"
+            )
+        return square_frames(module, **call, group=self.model.config.scale_factor**2)
 
-        blocks = [layer.self_attn for layer in tower.encoder.layers]
-        with calls(tower) as towers, listen(blocks, attention, queries_keys) as heard:
-            yield heard
+
+def hides(mask: Tensor) -> bool:
+    """Whether an attention mask, boolean or added to logits, hides anything. One host sync."""
+    shown = mask if mask.dtype == torch.bool else mask >= 0
+    return not bool(shown.all())

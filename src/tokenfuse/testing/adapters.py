@@ -760,7 +760,7 @@ class AdapterConformance:
         return ids[0, :1] if name == "input_ids" else ids.new_zeros(1)
 
     def test_one_encoded_prompt_answers_many_questions(self, answered: str) -> None:
-        """``prefill`` once, ``ask`` many: each answer is that of the whole prompt, whatever came."""
+        """``prefill`` once, ``ask`` many: each answer is that of the whole prompt."""
         model, inputs = self.model(self.attentions[0]), self.inputs(answered)
         rows = len(inputs["input_ids"])
         plans = self.compress(model, inputs).plans
