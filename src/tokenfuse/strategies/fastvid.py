@@ -13,7 +13,7 @@ from tokenfuse.ops.select import top_per_row, true_indices
 from tokenfuse.ops.similarity import cosine, nearest
 from tokenfuse.plan import DROPPED, FusionPlan
 from tokenfuse.strategies._base import Attention, Budgeted, Need, Wants
-from tokenfuse.strategies._windows import cluster_rows, plan_from, runs, share_out
+from tokenfuse.strategies._windows import cluster_rows, runs, share_out
 from tokenfuse.tokens import VisualTokens
 
 NEIGHBOURS = 4
@@ -98,7 +98,7 @@ class FastVID(Budgeted):
             for span in share.segments:
                 root = self._join(span, share, frames, is_anchor, root)
             root = torch.where(kept.flatten(), index, root)
-        return plan_from(kept.flatten(), root, count)
+        return FusionPlan.from_roots(true_indices(kept.flatten(), count), root)
 
     def _join(
         self, span: range, share: _Share, frames: Tensor, is_anchor: Tensor, root: Tensor

@@ -88,10 +88,7 @@ class VisionZip(Budgeted):
             kept, root = _zip(frames[f], saliency[f], dominant, contextual)
             survivors.append(index[f, kept])
             roots.append(torch.where(root == DROPPED, DROPPED, root + f * places))
-        plan = FusionPlan.from_survivors(torch.cat(survivors), tokens.num_tokens)
-        root = torch.cat(roots)
-        target = torch.where(root == DROPPED, DROPPED, plan.target[root.clamp_min(0)])
-        return FusionPlan(plan.survivors, target)
+        return FusionPlan.from_roots(torch.cat(survivors), torch.cat(roots))
 
     def _quotas(self, count: int, frames: int) -> list[tuple[int, int]]:
         """How many dominant and contextual tokens each frame keeps, ``count`` in all."""
