@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
-
 from tokenfuse.ops.select import top
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Attention, Budgeted, Need, Wants
+from tokenfuse.strategies._fields import KeepRatio, VisionBlock
 from tokenfuse.tokens import VisualTokens
 
 
@@ -30,10 +29,8 @@ class AttentionPruning(Budgeted):
     needs: ClassVar[frozenset[Need]] = frozenset({"saliency"})
     paper: ClassVar[str] = "arXiv 2412.01818"
 
-    keep_ratio: float = Field(0.5, gt=0, le=1, description="share of tokens to keep, exactly")
-    block: int = Field(
-        -2, description="vision block whose attention is read; negative from the last"
-    )
+    keep_ratio: KeepRatio = 0.5
+    block: VisionBlock = -2
 
     def wants(self) -> Wants:
         return Wants(Attention(self.block))

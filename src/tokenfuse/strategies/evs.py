@@ -6,12 +6,12 @@ import math
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 
 from tokenfuse.ops.select import top
 from tokenfuse.ops.similarity import pairwise_likeness
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
+from tokenfuse.strategies._fields import KeepRatio
 from tokenfuse.tokens import Grid, VisualTokens
 
 
@@ -39,7 +39,7 @@ class EVS(Budgeted):
     temporal: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2510.14624"
 
-    keep_ratio: float = Field(0.25, gt=0, le=1, description="share of tokens to keep, exactly")
+    keep_ratio: KeepRatio = 0.25
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
         frames = tokens.frames

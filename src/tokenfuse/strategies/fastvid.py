@@ -13,6 +13,7 @@ from tokenfuse.ops.select import top_per_row, true_indices
 from tokenfuse.ops.similarity import cosine, nearest
 from tokenfuse.plan import DROPPED, FusionPlan
 from tokenfuse.strategies._base import Attention, Budgeted, Need, Wants
+from tokenfuse.strategies._fields import KeepRatio, VisionBlock
 from tokenfuse.strategies._windows import cluster_rows, runs, share_out
 from tokenfuse.tokens import VisualTokens
 
@@ -51,7 +52,7 @@ class FastVID(Budgeted):
     needs: ClassVar[frozenset[Need]] = frozenset({"grid", "saliency"})
     paper: ClassVar[str] = "arXiv 2503.11187"
 
-    keep_ratio: float = Field(0.27, gt=0, le=1, description="share of tokens to keep, exactly")
+    keep_ratio: KeepRatio = 0.27
     segments: int = Field(8, ge=1, description="segments of the video, at least")
     threshold: float = Field(
         0.84, ge=-1, description="similarity of consecutive frames below which a segment ends"
@@ -62,9 +63,7 @@ class FastVID(Budgeted):
     context: float = Field(0.4, ge=0, le=1, description="share of the budget that anchors get")
     anchor_every: int = Field(4, ge=1, description="runs per frame of anchors")
     beta: float = Field(0.6, ge=0, le=1, description="least weight of an anchor in its own value")
-    block: int = Field(
-        -1, description="vision block whose attention is read; negative from the last"
-    )
+    block: VisionBlock = -1
 
     def wants(self) -> Wants:
         return Wants(Attention(self.block, "mean"))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 
 from tokenfuse.ops.select import top
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted
+from tokenfuse.strategies._fields import KeepRatio, Seed
 from tokenfuse.tokens import VisualTokens
 
 
@@ -23,8 +23,8 @@ class Random(Budgeted):
 
     name: ClassVar[str] = "random"
 
-    keep_ratio: float = Field(0.5, gt=0, le=1, description="share of tokens to keep, exactly")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the draw")
+    keep_ratio: KeepRatio = 0.5
+    seed: Seed = 0
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
         n = tokens.num_tokens

@@ -12,6 +12,7 @@ from tokenfuse.ops.select import spread, top, true_indices
 from tokenfuse.ops.similarity import nearest
 from tokenfuse.plan import DROPPED, FusionPlan
 from tokenfuse.strategies._base import Attention, Budgeted, Need, Wants
+from tokenfuse.strategies._fields import VisionBlock
 from tokenfuse.tokens import Grid, VisualTokens
 
 
@@ -52,9 +53,7 @@ class VisionZip(Budgeted):
     merge: Literal["paper", "mean"] = Field(
         "paper", description="paper: target plus mean of what it absorbed; mean: mean of all"
     )
-    block: int = Field(
-        -2, description="vision block whose attention is read; negative from the last"
-    )
+    block: VisionBlock = -2
 
     def wants(self) -> Wants:
         return Wants(Attention(self.block))
