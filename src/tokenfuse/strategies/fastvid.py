@@ -12,8 +12,8 @@ from torch import Tensor
 from tokenfuse.ops.select import top_per_row, true_indices
 from tokenfuse.ops.similarity import cosine, nearest
 from tokenfuse.plan import DROPPED, FusionPlan
-from tokenfuse.strategies._base import Attention, Budgeted, Need, Wants
-from tokenfuse.strategies._fields import KeepRatio, VisionBlock
+from tokenfuse.strategies._base import Attending, Need, Query
+from tokenfuse.strategies._fields import KeepRatio
 from tokenfuse.strategies._windows import cluster_rows, runs, share_out
 from tokenfuse.tokens import VisualTokens
 
@@ -21,7 +21,7 @@ NEIGHBOURS = 4
 """Nearest neighbours that tell how dense a token's surroundings are."""
 
 
-class FastVID(Budgeted):
+class FastVID(Attending):
     """Keep attended tokens and density-peak anchors of few frames; fuse the rest into anchors.
 
     Source: FastVID, arXiv 2503.11187, in its form for Qwen2.5-VL, with that form's defaults.
@@ -50,6 +50,7 @@ class FastVID(Budgeted):
 
     name: ClassVar[str] = "fastvid"
     needs: ClassVar[frozenset[Need]] = frozenset({"grid", "saliency"})
+    query: ClassVar[Query] = "mean"
     paper: ClassVar[str] = "arXiv 2503.11187"
 
     keep_ratio: KeepRatio = 0.27
@@ -63,10 +64,6 @@ class FastVID(Budgeted):
     context: float = Field(0.4, ge=0, le=1, description="share of the budget that anchors get")
     anchor_every: int = Field(4, ge=1, description="runs per frame of anchors")
     beta: float = Field(0.6, ge=0, le=1, description="least weight of an anchor in its own value")
-    block: VisionBlock = -1
-
-    def wants(self) -> Wants:
-        return Wants(Attention(self.block, "mean"))
 
     def fuse(self, plan: FusionPlan, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -13,8 +13,8 @@ from torch import Tensor
 from tokenfuse.ops.select import top_per_row
 from tokenfuse.ops.window import window_match
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Attention, Budgeted, Need, Wants
-from tokenfuse.strategies._fields import KeepRatio, Neighbours, VisionBlock
+from tokenfuse.strategies._base import Attending, Need
+from tokenfuse.strategies._fields import KeepRatio, Neighbours
 from tokenfuse.strategies._windows import Windows
 from tokenfuse.tokens import VisualTokens
 
@@ -46,7 +46,7 @@ class CentredPlan(FusionPlan):
         return total / self.count(members).clamp_min(1)[:, None].to(x.dtype)
 
 
-class HoliTom(Budgeted):
+class HoliTom(Attending):
     """Fuse places that stand still over windows of frames; keep the rest by attention.
 
     Source: HoliTom, arXiv 2505.21334: its outer stage, before the LLM. Its merging inside the LLM
@@ -86,10 +86,6 @@ class HoliTom(Budgeted):
     )
     beta: float = Field(0.6, ge=0, le=1, description="weight of a cluster's centre in its value")
     neighbours: Neighbours = 7
-    block: VisionBlock = -1
-
-    def wants(self) -> Wants:
-        return Wants(Attention(self.block))
 
     def fuse(self, plan: FusionPlan, x: Tensor) -> Tensor:
         return plan.join(x, self.beta) if isinstance(plan, CentredPlan) else plan.fuse(x)

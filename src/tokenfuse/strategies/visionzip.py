@@ -11,12 +11,12 @@ from torch import Tensor
 from tokenfuse.ops.select import spread, top, true_indices
 from tokenfuse.ops.similarity import nearest
 from tokenfuse.plan import DROPPED, FusionPlan
-from tokenfuse.strategies._base import Attention, Budgeted, Need, Wants
+from tokenfuse.strategies._base import Attending, Need
 from tokenfuse.strategies._fields import VisionBlock
 from tokenfuse.tokens import Grid, VisualTokens
 
 
-class VisionZip(Budgeted):
+class VisionZip(Attending):
     """Keep each frame's most attended tokens and merge the others into a few of themselves.
 
     Source: VisionZip, arXiv 2412.04467. Each frame of a video is compressed by itself, as the
@@ -54,9 +54,6 @@ class VisionZip(Budgeted):
         "paper", description="paper: target plus mean of what it absorbed; mean: mean of all"
     )
     block: VisionBlock = -2
-
-    def wants(self) -> Wants:
-        return Wants(Attention(self.block))
 
     def num_kept(self, grid: Grid) -> int | None:
         t, h, w = grid
