@@ -46,9 +46,13 @@ class FusionPlan:
 
     @classmethod
     def from_roots(cls, survivors: Int[Tensor, " M"], roots: Int[Tensor, " N"]) -> FusionPlan:
-        """The plan in which token ``i`` belongs to the survivor at source index ``roots[i]``."""
+        """The plan in which token ``i`` belongs to the survivor at source index ``roots[i]``.
+
+        A token whose root is -1 is dropped.
+        """
         slots = cls.from_survivors(survivors, roots.shape[0]).target
-        return cls(survivors, slots[roots])
+        target = torch.where(roots == DROPPED, DROPPED, slots[roots.clamp_min(0)])
+        return cls(survivors, target)
 
     @property
     def num_source(self) -> int:

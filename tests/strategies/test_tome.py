@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from tokenfuse import VisualTokens, get_strategy
 from tokenfuse.errors import ConfigError
-from tokenfuse.ops import matching as bipartite
+from tokenfuse.ops import similarity
 from tokenfuse.ops.matching import weighted_mean
 from tokenfuse.strategies.tome import bipartite_soft_matching
 
@@ -129,7 +129,7 @@ def test_half_precision_merges_the_same_tokens(kind):
 def test_chunks_do_not_change_the_matching(monkeypatch):
     metric = randn(2, 40, 4)
     whole = bipartite_soft_matching(metric, 12)
-    monkeypatch.setattr(bipartite, "CHUNK", 64 * 80)
+    monkeypatch.setattr(similarity, "CHUNK", 64 * 80)
     assert torch.equal(bipartite_soft_matching(metric, 12).target, whole.target)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from tokenfuse.ops.select import greatest_per_row, true_indices
@@ -49,7 +49,7 @@ def bipartite_soft_matching(
 
 
 def weighted_mean(
-    plan: FusionPlan, x: Float[Tensor, "N D"], sizes: Int[Tensor, " N"]
+    plan: FusionPlan, x: Float[Tensor, "N D"], sizes: Num[Tensor, " N"]
 ) -> Float[Tensor, "M D"]:
     """One row per survivor: the mean of all that belong to it, weighted by ``sizes``.
 

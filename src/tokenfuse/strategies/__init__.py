@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from tokenfuse.strategies._base import Attention, Budgeted, Compressed, Strategy, Wants
+from tokenfuse.strategies._base import (
+    Attending,
+    Attention,
+    Budgeted,
+    Compressed,
+    Scored,
+    Strategy,
+    Wants,
+)
 
-__all__ = ["Attention", "Budgeted", "Compressed", "Strategy", "Wants"]
+__all__ = ["Attending", "Attention", "Budgeted", "Compressed", "Scored", "Strategy", "Wants"]

@@ -13,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from tokenfuse.errors import ConfigError
-from tokenfuse.ops.select import budget
+from tokenfuse.ops.select import budget, top
 from tokenfuse.plan import FusionPlan
+from tokenfuse.strategies._fields import KeepRatio, VisionBlock
 from tokenfuse.tokens import Grid, Modality, VisualTokens
 
 Stage = Literal["vision", "pre_llm", "llm"]
 Need = Literal["grid", "saliency", "text"]
+Query = Literal["each", "mean"]
 
 
 class Attention(NamedTuple):
@@ -31,7 +33,7 @@ class Attention(NamedTuple):
     """
 
     block: int = -1
-    query: Literal["each", "mean"] = "each"
+    query: Query = "each"
 
 
 @dataclass(frozen=True)
@@ -160,3 +162,35 @@ class Budgeted(Strategy):
     def _passes(self, grid: Grid) -> bool:
         """Whether an item of this grid has nothing to compare."""
         return self.temporal and grid[0] == 1
+
+
+class Scored(Budgeted):
+    """A strategy that keeps the ⌈keep_ratio · N⌉ tokens of greatest score and drops the rest.
+
+    A subclass writes ``score`` and nothing else. The lowest index wins on ties.
+    """
+
+    keep_ratio: KeepRatio = 0.5
+
+    @abstractmethod
+    def score(self, tokens: VisualTokens) -> Float[Tensor, " N"]:
+        """A number for each token, finite or infinite, on the device of the features."""
+
+    def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
+        return FusionPlan.from_survivors(top(self.score(tokens), count), tokens.num_tokens)
+
+
+class Attending(Budgeted):
+    """A strategy that reads how much attention tokens get in one block of the vision tower.
+
+    The adapter supplies it as ``tokens.saliency``.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"saliency"})
+    query: ClassVar[Query] = "each"
+    """Whose attention is read; see Attention."""
+
+    block: VisionBlock = -1
+
+    def wants(self) -> Wants:
+        return Wants(Attention(self.block, self.query))

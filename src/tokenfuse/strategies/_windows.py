@@ -26,8 +26,8 @@ def share_out(total: int, weights: list[int], most: list[int] | int, least: int 
     """``apportion`` for numbers that the host knows."""
     if not weights:
         return []
-    rows, caps = (torch.tensor(numbers, device="cpu") for numbers in (weights, most))
-    return apportion(rows, total, caps, least).tolist()
+    caps = most if isinstance(most, int) else torch.tensor(most, device="cpu")
+    return apportion(torch.tensor(weights, device="cpu"), total, caps, least).tolist()
 
 
 def runs(frames: int, cuts: set[int]) -> list[range]:
@@ -122,7 +122,7 @@ class Windows:
             alone = torch.argsort(likeness.flatten(), stable=True)[:extra]
             kept = kept.flatten().index_fill(0, alone, True)
             root = root.flatten().scatter(0, alone, alone)
-        return plan_from(kept.flatten(), root.flatten(), count)
+        return FusionPlan.from_roots(true_indices(kept.flatten(), count), root.flatten())
 
 
 def cluster_rows(
@@ -146,10 +146,3 @@ def cluster_rows(
     best = top_per_row(density_peaks(x, mask, neighbours), chosen)
     near = torch.where(mask, nearest_centre(x, best), DROPPED)
     return centres.index_copy(0, some, best), home.index_copy(0, some, near)
-
-
-def plan_from(kept: Bool[Tensor, " N"], root: Int[Tensor, " N"], count: int) -> FusionPlan:
-    """The plan that keeps ``count`` tokens; ``root`` is each one's survivor, -1 where dropped."""
-    survivors = true_indices(kept, count)
-    slots = FusionPlan.from_survivors(survivors, kept.shape[0]).target
-    return FusionPlan(survivors, torch.where(root < 0, DROPPED, slots[root.clamp_min(0)]))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
+from jaxtyping import Float
+from torch import Tensor
 
-from tokenfuse.ops.select import top
-from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Attention, Budgeted, Need, Wants
+from tokenfuse.strategies._base import Attending, Scored
+from tokenfuse.strategies._fields import VisionBlock
 from tokenfuse.tokens import VisualTokens
 
 
-class AttentionPruning(Budgeted):
+class AttentionPruning(Scored, Attending):
     """Keep the tokens that get the most attention in the vision tower and drop the rest.
 
     Source: FasterVLM, arXiv 2412.01818, which ranks the patches of an image by the attention of the
@@ -27,16 +27,9 @@ class AttentionPruning(Budgeted):
     """
 
     name: ClassVar[str] = "attention"
-    needs: ClassVar[frozenset[Need]] = frozenset({"saliency"})
     paper: ClassVar[str] = "arXiv 2412.01818"
 
-    keep_ratio: float = Field(0.5, gt=0, le=1, description="share of tokens to keep, exactly")
-    block: int = Field(
-        -2, description="vision block whose attention is read; negative from the last"
-    )
+    block: VisionBlock = -2
 
-    def wants(self) -> Wants:
-        return Wants(Attention(self.block))
-
-    def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
-        return FusionPlan.from_survivors(top(tokens.demand("saliency"), count), tokens.num_tokens)
+    def score(self, tokens: VisualTokens) -> Float[Tensor, " N"]:
+        return tokens.demand("saliency")

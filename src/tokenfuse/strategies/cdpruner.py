@@ -15,6 +15,7 @@ from tokenfuse.ops.select import CHUNK, budget, top
 from tokenfuse.ops.similarity import STEP, Cosines, in_steps, unit
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
+from tokenfuse.strategies._fields import KeepRatio
 from tokenfuse.tokens import Grid, VisualTokens
 
 EPSILON = 1e-6
@@ -56,7 +57,7 @@ class CDPruner(Budgeted):
     needs: ClassVar[frozenset[Need]] = frozenset({"text"})
     paper: ClassVar[str] = "arXiv 2506.10967"
 
-    keep_ratio: float = Field(0.1, gt=0, le=1, description="share of tokens to keep, exactly")
+    keep_ratio: KeepRatio = 0.1
     relevance_weight: float | None = Field(
         None,
         ge=0,

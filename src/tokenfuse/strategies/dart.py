@@ -13,6 +13,7 @@ from tokenfuse.ops.select import true_indices
 from tokenfuse.ops.similarity import STEP, in_steps, unit
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need, Wants
+from tokenfuse.strategies._fields import KeepRatio
 from tokenfuse.tokens import Grid, VisualTokens
 
 
@@ -42,7 +43,7 @@ class DART(Budgeted):
     needs: ClassVar[frozenset[Need]] = frozenset({"text"})
     paper: ClassVar[str] = "arXiv 2502.11494"
 
-    keep_ratio: float = Field(0.222, gt=0, le=1, description="share of tokens to keep, exactly")
+    keep_ratio: KeepRatio = 0.222
     image_pivots: int = Field(4, ge=1, description="visual tokens to compare all others with")
     text_pivots: int = Field(4, ge=0, description="prompt tokens to compare all others with")
 

@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
 from torch import Tensor
 
 from tokenfuse.ops.select import CHUNK, budget
 from tokenfuse.ops.similarity import STEP, Cosines, in_steps
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted
+from tokenfuse.strategies._fields import KeepRatio
 from tokenfuse.tokens import Grid, VisualTokens
 
 
@@ -39,7 +39,7 @@ class DivPrune(Budgeted):
     name: ClassVar[str] = "divprune"
     paper: ClassVar[str] = "arXiv 2503.02175"
 
-    keep_ratio: float = Field(0.098, gt=0, le=1, description="share of tokens to keep, exactly")
+    keep_ratio: KeepRatio = 0.098
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
         picks = farthest_first(tokens.features, count)

@@ -6,16 +6,16 @@ import math
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from jaxtyping import Float
+from torch import Tensor
 
-from tokenfuse.ops.select import top
 from tokenfuse.ops.similarity import pairwise_likeness
-from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Budgeted, Need
+from tokenfuse.strategies._base import Need, Scored
+from tokenfuse.strategies._fields import KeepRatio
 from tokenfuse.tokens import Grid, VisualTokens
 
 
-class EVS(Budgeted):
+class EVS(Scored):
     """Keep the first frame and the tokens that changed most since the frame before.
 
     Source: Efficient Video Sampling, arXiv 2510.14624, in the form that serving engines run, on
@@ -39,14 +39,14 @@ class EVS(Budgeted):
     temporal: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2510.14624"
 
-    keep_ratio: float = Field(0.25, gt=0, le=1, description="share of tokens to keep, exactly")
+    keep_ratio: KeepRatio = 0.25
 
-    def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
+    def score(self, tokens: VisualTokens) -> Float[Tensor, " N"]:
         frames = tokens.frames
         now, before = frames[1:].flatten(0, 2), frames[:-1].flatten(0, 2)
         change = 1 - pairwise_likeness(now, before)
         first = change.new_full((tokens.num_tokens - change.shape[0],), math.inf)
-        return FusionPlan.from_survivors(top(torch.cat([first, change]), count), tokens.num_tokens)
+        return torch.cat([first, change])
 
     def matching_flops(self, grid: Grid, width: int) -> int:
         t, h, w = grid

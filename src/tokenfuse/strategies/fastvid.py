@@ -12,15 +12,16 @@ from torch import Tensor
 from tokenfuse.ops.select import top_per_row, true_indices
 from tokenfuse.ops.similarity import cosine, nearest
 from tokenfuse.plan import DROPPED, FusionPlan
-from tokenfuse.strategies._base import Attention, Budgeted, Need, Wants
-from tokenfuse.strategies._windows import cluster_rows, plan_from, runs, share_out
+from tokenfuse.strategies._base import Attending, Need, Query
+from tokenfuse.strategies._fields import KeepRatio
+from tokenfuse.strategies._windows import cluster_rows, runs, share_out
 from tokenfuse.tokens import VisualTokens
 
 NEIGHBOURS = 4
 """Nearest neighbours that tell how dense a token's surroundings are."""
 
 
-class FastVID(Budgeted):
+class FastVID(Attending):
     """Keep attended tokens and density-peak anchors of few frames; fuse the rest into anchors.
 
     Source: FastVID, arXiv 2503.11187, in its form for Qwen2.5-VL, with that form's defaults.
@@ -49,9 +50,10 @@ class FastVID(Budgeted):
 
     name: ClassVar[str] = "fastvid"
     needs: ClassVar[frozenset[Need]] = frozenset({"grid", "saliency"})
+    query: ClassVar[Query] = "mean"
     paper: ClassVar[str] = "arXiv 2503.11187"
 
-    keep_ratio: float = Field(0.27, gt=0, le=1, description="share of tokens to keep, exactly")
+    keep_ratio: KeepRatio = 0.27
     segments: int = Field(8, ge=1, description="segments of the video, at least")
     threshold: float = Field(
         0.84, ge=-1, description="similarity of consecutive frames below which a segment ends"
@@ -62,12 +64,6 @@ class FastVID(Budgeted):
     context: float = Field(0.4, ge=0, le=1, description="share of the budget that anchors get")
     anchor_every: int = Field(4, ge=1, description="runs per frame of anchors")
     beta: float = Field(0.6, ge=0, le=1, description="least weight of an anchor in its own value")
-    block: int = Field(
-        -1, description="vision block whose attention is read; negative from the last"
-    )
-
-    def wants(self) -> Wants:
-        return Wants(Attention(self.block, "mean"))
 
     def fuse(self, plan: FusionPlan, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -98,7 +94,7 @@ class FastVID(Budgeted):
             for span in share.segments:
                 root = self._join(span, share, frames, is_anchor, root)
             root = torch.where(kept.flatten(), index, root)
-        return plan_from(kept.flatten(), root, count)
+        return FusionPlan.from_roots(true_indices(kept.flatten(), count), root)
 
     def _join(
         self, span: range, share: _Share, frames: Tensor, is_anchor: Tensor, root: Tensor

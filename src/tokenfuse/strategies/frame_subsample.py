@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 
 from tokenfuse.ops.select import spread
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
+from tokenfuse.strategies._fields import KeepRatio
 from tokenfuse.tokens import VisualTokens
 
 
@@ -26,7 +26,7 @@ class FrameSubsample(Budgeted):
     needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
     temporal: ClassVar[bool] = True
 
-    keep_ratio: float = Field(0.5, gt=0, le=1, description="share of tokens to keep, exactly")
+    keep_ratio: KeepRatio = 0.5
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
         frames, height, width = tokens.grid

@@ -13,7 +13,8 @@ from torch import Tensor
 from tokenfuse.ops.select import top_per_row
 from tokenfuse.ops.window import window_match
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Attention, Budgeted, Need, Wants
+from tokenfuse.strategies._base import Attending, Need
+from tokenfuse.strategies._fields import KeepRatio, Neighbours
 from tokenfuse.strategies._windows import Windows
 from tokenfuse.tokens import VisualTokens
 
@@ -45,7 +46,7 @@ class CentredPlan(FusionPlan):
         return total / self.count(members).clamp_min(1)[:, None].to(x.dtype)
 
 
-class HoliTom(Budgeted):
+class HoliTom(Attending):
     """Fuse places that stand still over windows of frames; keep the rest by attention.
 
     Source: HoliTom, arXiv 2505.21334: its outer stage, before the LLM. Its merging inside the LLM
@@ -76,7 +77,7 @@ class HoliTom(Budgeted):
     needs: ClassVar[frozenset[Need]] = frozenset({"grid", "saliency"})
     paper: ClassVar[str] = "arXiv 2505.21334"
 
-    keep_ratio: float = Field(0.5, gt=0, le=1, description="share of tokens to keep, exactly")
+    keep_ratio: KeepRatio = 0.5
     threshold: float = Field(
         0.8, ge=-1, description="cosine with the next frame above which a place stands still"
     )
@@ -84,15 +85,7 @@ class HoliTom(Budgeted):
         0.0, ge=0, le=1, description="share of a frame's moving tokens kept as cluster centres"
     )
     beta: float = Field(0.6, ge=0, le=1, description="weight of a cluster's centre in its value")
-    neighbours: int = Field(
-        7, ge=1, description="nearest neighbours that tell how dense a point's surroundings are"
-    )
-    block: int = Field(
-        -1, description="vision block whose attention is read; negative from the last"
-    )
-
-    def wants(self) -> Wants:
-        return Wants(Attention(self.block))
+    neighbours: Neighbours = 7
 
     def fuse(self, plan: FusionPlan, x: Tensor) -> Tensor:
         return plan.join(x, self.beta) if isinstance(plan, CentredPlan) else plan.fuse(x)

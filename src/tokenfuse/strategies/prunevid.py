@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenfuse.ops.similarity import STEP
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
+from tokenfuse.strategies._fields import Neighbours
 from tokenfuse.strategies._windows import Windows, cluster_rows
 from tokenfuse.tokens import VisualTokens
 
@@ -59,9 +60,7 @@ class PruneVid(Budgeted):
     clusters: float = Field(
         0.5, gt=0, le=1, description="clusters of tokens, per token, without keep_ratio"
     )
-    neighbours: int = Field(
-        7, ge=1, description="nearest neighbours that tell how dense a point's surroundings are"
-    )
+    neighbours: Neighbours = 7
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
         frames, windows = self._windows(tokens)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from jaxtyping import Float
+from torch import Tensor
 
-from tokenfuse.ops.select import top
-from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Budgeted
+from tokenfuse.strategies._base import Scored
+from tokenfuse.strategies._fields import Seed
 from tokenfuse.tokens import VisualTokens
 
 
-class Random(Budgeted):
+class Random(Scored):
     """Keep tokens drawn at random without replacement and drop the rest.
 
     A control that is hard to beat at small budgets. The draw depends on ``seed`` and the number of
@@ -23,12 +23,9 @@ class Random(Budgeted):
 
     name: ClassVar[str] = "random"
 
-    keep_ratio: float = Field(0.5, gt=0, le=1, description="share of tokens to keep, exactly")
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the draw")
+    seed: Seed = 0
 
-    def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
-        n = tokens.num_tokens
+    def score(self, tokens: VisualTokens) -> Float[Tensor, " N"]:
         # Drawn on the host, whose generator is the same everywhere.
-        lots = torch.rand(n, generator=torch.Generator().manual_seed(self.seed))
-        survivors = top(lots, count).to(tokens.features.device, non_blocking=True)
-        return FusionPlan.from_survivors(survivors, n)
+        lots = torch.rand(tokens.num_tokens, generator=torch.Generator().manual_seed(self.seed))
+        return lots.to(tokens.features.device, non_blocking=True)

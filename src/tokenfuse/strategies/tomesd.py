@@ -13,6 +13,7 @@ from tokenfuse.ops.select import budget, spread, top_per_row, true_indices
 from tokenfuse.ops.similarity import nearest_per_row
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
+from tokenfuse.strategies._fields import KeepRatio, Seed
 from tokenfuse.tokens import Grid, VisualTokens
 
 
@@ -58,13 +59,13 @@ class ToMeSD(Budgeted):
     needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
     paper: ClassVar[str] = "arXiv 2303.17604"
 
-    keep_ratio: float = Field(0.5, gt=0, le=1, description="share of tokens to keep, exactly")
+    keep_ratio: KeepRatio = 0.5
     sx: int = Field(2, ge=1, description="columns of a cell, which holds one destination")
     sy: int = Field(2, ge=1, description="rows of a cell")
     destination: Literal["random", "first"] = Field(
         "random", description="random: any place of the cell; first: its top left one"
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="seed of the draw")
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _has_sources(self) -> ToMeSD:

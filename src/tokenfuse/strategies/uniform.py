@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
-
 from tokenfuse.ops.select import spread
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted
+from tokenfuse.strategies._fields import KeepRatio
 from tokenfuse.tokens import VisualTokens
 
 
@@ -22,7 +21,7 @@ class Uniform(Budgeted):
 
     name: ClassVar[str] = "uniform"
 
-    keep_ratio: float = Field(0.5, gt=0, le=1, description="share of tokens to keep, exactly")
+    keep_ratio: KeepRatio = 0.5
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
         n = tokens.num_tokens

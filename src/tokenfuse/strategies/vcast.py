@@ -14,6 +14,7 @@ from tokenfuse.ops.select import top_per_row, true_indices
 from tokenfuse.ops.similarity import STEP, likeness, pairwise_likeness
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
+from tokenfuse.strategies._fields import KeepRatio
 from tokenfuse.tokens import Grid, VisualTokens
 
 STILL = 1e-6
@@ -48,7 +49,7 @@ class VCast(Budgeted):
     needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
     paper: ClassVar[str] = "arXiv 2603.27650"
 
-    keep_ratio: float = Field(0.25, gt=0, le=1, description="share of tokens to keep, exactly")
+    keep_ratio: KeepRatio = 0.25
     temperature: float = Field(
         0.7, gt=0, description="softness of the shares: the higher, the more equal the frames"
     )

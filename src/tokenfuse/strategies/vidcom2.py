@@ -13,6 +13,7 @@ from tokenfuse.ops.select import top_per_row
 from tokenfuse.ops.similarity import STEP
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
+from tokenfuse.strategies._fields import KeepRatio
 from tokenfuse.tokens import Grid, VisualTokens
 
 WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
@@ -45,7 +46,7 @@ class VidCom2(Budgeted):
     needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
     paper: ClassVar[str] = "arXiv 2505.14454"
 
-    keep_ratio: float = Field(0.25, gt=0, le=1, description="share of tokens to keep, exactly")
+    keep_ratio: KeepRatio = 0.25
     channels: float = Field(
         0.5, gt=0, le=1, description="share of the channels to compare, those that vary least"
     )

@@ -11,11 +11,12 @@ from torch import Tensor
 from tokenfuse.ops.select import spread, top, true_indices
 from tokenfuse.ops.similarity import nearest
 from tokenfuse.plan import DROPPED, FusionPlan
-from tokenfuse.strategies._base import Attention, Budgeted, Need, Wants
+from tokenfuse.strategies._base import Attending, Need
+from tokenfuse.strategies._fields import VisionBlock
 from tokenfuse.tokens import Grid, VisualTokens
 
 
-class VisionZip(Budgeted):
+class VisionZip(Attending):
     """Keep each frame's most attended tokens and merge the others into a few of themselves.
 
     Source: VisionZip, arXiv 2412.04467. Each frame of a video is compressed by itself, as the
@@ -52,12 +53,7 @@ class VisionZip(Budgeted):
     merge: Literal["paper", "mean"] = Field(
         "paper", description="paper: target plus mean of what it absorbed; mean: mean of all"
     )
-    block: int = Field(
-        -2, description="vision block whose attention is read; negative from the last"
-    )
-
-    def wants(self) -> Wants:
-        return Wants(Attention(self.block))
+    block: VisionBlock = -2
 
     def num_kept(self, grid: Grid) -> int | None:
         t, h, w = grid
@@ -88,10 +84,7 @@ class VisionZip(Budgeted):
             kept, root = _zip(frames[f], saliency[f], dominant, contextual)
             survivors.append(index[f, kept])
             roots.append(torch.where(root == DROPPED, DROPPED, root + f * places))
-        plan = FusionPlan.from_survivors(torch.cat(survivors), tokens.num_tokens)
-        root = torch.cat(roots)
-        target = torch.where(root == DROPPED, DROPPED, plan.target[root.clamp_min(0)])
-        return FusionPlan(plan.survivors, target)
+        return FusionPlan.from_roots(torch.cat(survivors), torch.cat(roots))
 
     def _quotas(self, count: int, frames: int) -> list[tuple[int, int]]:
         """How many dominant and contextual tokens each frame keeps, ``count`` in all."""

@@ -76,9 +76,9 @@ class Spread(Halves):
 
     def plan(self, tokens: VisualTokens) -> FusionPlan:
         index = torch.arange(tokens.num_tokens, device=tokens.features.device)
-        plan = FusionPlan.from_roots(index[::2], torch.where(index % 2 == 0, index, index // 4 * 2))
+        roots = torch.where(index % 2 == 0, index, index // 4 * 2)
         # Of some nothing is left at all.
-        return FusionPlan(plan.survivors, plan.target.masked_fill(index % 6 == 5, DROPPED))
+        return FusionPlan.from_roots(index[::2], roots.masked_fill(index % 6 == 5, DROPPED))
 
 
 DROPS = {
