@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-settings.register_profile(
-    "tokenfuse",
-    max_examples=200,
-    deadline=None,
-    derandomize=bool(os.environ.get("CI")),
-    suppress_health_check=[HealthCheck.too_slow],  # a busy machine is no defect
-)
+for profile, examples in {"tokenfuse": 50, "full": 200}.items():
+    settings.register_profile(
+        profile,
+        max_examples=examples,
+        deadline=None,
+        derandomize=bool(os.environ.get("CI")),
+        suppress_health_check=[HealthCheck.too_slow],  # a busy machine is no defect
+    )
 settings.load_profile("tokenfuse")
 
 # One thread for each worker of xdist: the tensors are tiny.
@@ -24,6 +25,14 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--record", type=Path, help="JSON file for what the adapters' kit finds")
+    parser.addoption(
+        "--full", action="store_true", help="the whole kit for every family, and more examples"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("full"):
+        settings.load_profile("full")
 
 
 _outcomes = {}

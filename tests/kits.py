@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import pytest
 import transformers
@@ -23,6 +24,32 @@ ADAPTERS = dict.fromkeys(GENERIC, "generic") | {
 }
 """The adapter of a family whose name is another."""
 
+SIBLINGS = {
+    "qwen3_vl_moe": "qwen3_vl",
+    "qwen3_5_full": "qwen3_5",
+    "glm4v_moe": "glm4v",
+    "glm46v": "glm4v",
+    "llava_siglip": "llava",
+    "vipllava": "llava",
+    "llava_next": "llava_next_video",
+    "idefics3": "smolvlm",
+    "llava_pixtral": "mistral3",
+    "cohere2_vision": "aya_vision",
+}
+"""Families whose adapter and layout are those of another: a short kit does, but for ``--full``."""
+
+
+class Kit(AdapterConformance):
+    """The kit as these tests run it."""
+
+    sibling: ClassVar[bool] = False
+
+    def pytest_generate_tests(self, metafunc):
+        self.full = metafunc.config.getoption("full")
+        if self.sibling and not self.full:
+            self.attentions, self.drops = ("sdpa",), ("67 %", "whole frames")
+        super().pytest_generate_tests(metafunc)
+
 
 def kit(family, **options):
     """The kit's class for one family."""
@@ -33,8 +60,9 @@ def kit(family, **options):
         "several": family.several,
         "model": staticmethod(functools.cache(family.build)),
         "prompt": staticmethod(family.prompt),
+        "sibling": family.name in SIBLINGS,
     }
-    return type(f"Test_{family.name}", (AdapterConformance,), members | options)
+    return type(f"Test_{family.name}", (Kit,), members | options)
 
 
 OPTIONS = {

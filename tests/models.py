@@ -231,6 +231,10 @@ def visual_ids():
     return {m: tokenizer.convert_tokens_to_ids(f"<|{m}_pad|>") for m in ("image", "video")}
 
 
+ROUNDING = 1e-4
+"""Largest difference of logits that is rounding."""
+
+
 class Oracle:
     """The full-length run of the same model, in which a 4-D mask hides the dropped tokens.
 
@@ -285,3 +289,17 @@ class Oracle:
             chosen.append(self.logits()[:, -1])
             self.append(chosen[-1].argmax(-1, keepdim=True))
         return self.ids[:, -steps:], torch.stack(chosen, 1)
+
+    def follow(self, tokens):
+        """Append an answer ``(B, S)``, and give the logits ``(B, S, V)`` that choose its tokens."""
+        self.append(tokens)
+        return self.logits()[:, -tokens.shape[1] - 1 : -1]
+
+    def says(self, tokens):
+        """Whether an answer ``(B, S)`` is the greedy one, which is appended.
+
+        Where two tokens of a random model tie but for rounding, either may be chosen.
+        """
+        logits = self.follow(tokens)
+        best, chosen = logits.max(-1).values, logits.gather(-1, tokens[..., None])[..., 0]
+        return float((best - chosen).max()) <= 2 * ROUNDING

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -14,7 +16,7 @@ from tokenfuse import hookimpl
 from tokenfuse.adapters.qwen3_vl import Qwen3VL
 from tokenfuse.prompt.realign import Realigned
 from tokenfuse.registry import Registry
-from tokenfuse.testing import AdapterConformance
+from tokenfuse.testing import AdapterConformance, MaskedRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -148,7 +150,7 @@ def kit_of(cls, family="qwen3_vl"):
     found = FAMILIES[family]
     members = {
         "adapter": cls.name,
-        "among": Registry([Plugin()], installed=False),
+        "registry": Registry([Plugin()], installed=False),
         "modalities": found.modalities,
         "model": staticmethod(functools.cache(found.build)),
         "prompt": staticmethod(found.prompt),
@@ -208,3 +210,41 @@ def test_future_tokens_that_are_seen_are_caught_by_name():
         handle.remove()
     assert "test_no_token_sees_the_future" in failed
     assert "test_positions_are_those_of_the_uncompressed_prompt" not in failed
+
+
+class Says(MaskedRun):
+    """An oracle with these logits, whatever it is asked."""
+
+    def __init__(self, logits):
+        self.said, self.never = logits, [2]
+
+    def follow(self, tokens):
+        return self.said
+
+
+@pytest.mark.parametrize(
+    ("lead", "token", "passes"),
+    [(1e-5, 0, True), (1e-5, 1, True), (1e-3, 0, True), (1e-3, 1, False), (1e-3, 3, False)],
+)
+def test_a_token_other_than_the_best_passes_only_where_rounding_decides(lead, token, passes):
+    logits = torch.tensor([[[1.0, 1.0 - lead, 5.0, 0.0]]])
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    sequences = torch.cat([ids, torch.tensor([[token]])], -1)
+    out = SimpleNamespace(sequences=sequences, logits=(logits[:, 0],))
+    with nullcontext() if passes else pytest.raises(AssertionError):
+        AdapterConformance().agree(out, ids, Says(logits))
+
+
+def test_other_logits_than_the_oracles_and_another_prompt_do_not_pass():
+    logits, ids = torch.tensor([[[1.0, 0.5]]]), torch.tensor([[3, 3]])
+    out = SimpleNamespace(sequences=torch.tensor([[3, 3, 0]]), logits=(logits[:, 0],))
+    oracle = Says(logits)
+    oracle.never = []
+    kit = AdapterConformance()
+    kit.agree(out, ids, oracle)
+    with pytest.raises(AssertionError):
+        kit.agree(out, ids + 1, oracle)
+    with pytest.raises(AssertionError):
+        kit.agree(out, ids[:, :1], oracle)
+    with pytest.raises(AssertionError, match="not close"):
+        kit.agree(out, ids, Says(logits + 1e-3))

@@ -88,16 +88,22 @@ class MaskedRun:
         logits: Tensor = output.logits
         return logits
 
-    def answer(self, steps: int) -> tuple[Tensor, Tensor]:
-        """Greedy tokens ``(B, steps)`` and the logits that chose them ``(B, steps, V)``."""
-        tokens, logits = [], []
-        for _ in range(steps):
-            logits.append(self.logits()[:, -1])
-            scores = logits[-1].clone()
-            scores[:, self.never] = -torch.inf
-            tokens.append(scores.argmax(-1, keepdim=True))
-            self.append(tokens[-1])
-        return torch.cat(tokens, -1), torch.stack(logits, 1)
+    def follow(self, tokens: Tensor) -> Tensor:
+        """Append an answer ``(B, S)``, and give the logits ``(B, S, V)`` that choose its tokens.
+
+        One run reads the whole conversation: no token of an answer sees what comes after it.
+        """
+        self.append(tokens)
+        return self.logits()[:, -tokens.shape[1] - 1 : -1]
+
+    def lag(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        """How far below the best logit that of each token is, ``(B, S)``; 0 for greedy answers.
+
+        ``tokens (B, S)`` were chosen by ``logits (B, S, V)``, but for the ids of ``never``.
+        """
+        allowed = logits.clone()
+        allowed[..., self.never] = -torch.inf
+        return allowed.max(-1).values - allowed.gather(-1, tokens[..., None])[..., 0]
 
 
 class DeletedRun(MaskedRun):
