@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from tokenfuse import FusionPlan, Strategy, VisualTokens, get_strategy, hookimpl
-from tokenfuse.config import json_schema, presets
+from tokenfuse.config import Configuration, get_configuration, json_schema, presets
 from tokenfuse.errors import ConfigError, UnknownNameError
 from tokenfuse.registry import Registry
 from tokenfuse.strategies.ttf import TTF
@@ -82,7 +82,7 @@ def test_every_form_loads_with_and_without_overrides(form, overrides, write):
         "instance": TTF(threshold=0.9),
     }[form]
     expected = TTF(threshold=0.7 if form == "name" else 0.9, **(overrides or {}))
-    assert get_strategy(source, **overrides) == expected
+    assert get_strategy(source, **(overrides or {})) == expected
 
 
 def test_a_strategy_by_name_takes_its_options():
@@ -132,7 +132,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(write):
 def test_an_unknown_key_is_refused_with_file_line_and_nearest_name(refusal):
     message = refusal("strategy: ttf\n# a comment\nthresold: 0.5\n")
     assert re.search(r'mine\.yaml, line 3: unknown key thresold of ttf: did you mean "thr', message)
-    assert "valid: anchor, attention, guard, keep_ratio, min_tokens_per_frame" in message
+    assert "valid: anchor, guard, keep_ratio, min_tokens_per_frame" in message
 
 
 def test_every_wrong_key_is_named_with_its_own_line(refusal):
@@ -158,8 +158,8 @@ def test_an_alias_is_no_key_that_stands_twice(write, refusal):
     path = write("compose:\n- &a {strategy: uniform, keep_ratio: 0.5}\n- *a\n")
     assert [step.keep_ratio for step in get_strategy(path).compose] == [0.5, 0.5]
     message = refusal("&a\ncompose: [*a]\n")
-    assert "mine.yaml, line 2: compose: " in message
-    assert message.endswith("is wrong: it leads back to itself; remove the part that does")
+    assert "mine.yaml, line 1: compose: " in message
+    assert message.endswith("it leads back to itself; remove the part that does")
 
 
 def test_a_key_that_is_not_text_is_refused(refusal):
@@ -274,7 +274,9 @@ def test_a_strategy_that_is_no_name_is_refused(refusal, value):
 
 def test_an_unknown_strategy_in_a_file_names_the_line(refusal):
     message = refusal("window: 3\nstrategy: tff\n", UnknownNameError)
-    assert 'mine.yaml, line 2: no strategy is called "tff": did you mean "ttf"?' in message
+    assert (
+        'mine.yaml, line 2: no strategy or preset is called "tff": did you mean "ttf"?' in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -307,11 +309,83 @@ def test_what_can_be_no_configuration_is_refused_with_its_type(source):
 
 def test_the_presets_are_the_files_of_configs():
     assert presets() == {path.stem: path for path in CONFIGS.glob("*.yaml")}
-    assert {"ttf", "ttf-published", "ttf-third", "ttf-gentle"} <= set(presets())
+    assert {"ttf-published", "ttf-third", "ttf-gentle"} <= set(presets())
+
+
+def test_every_preset_is_reached_by_its_name():
+    assert not set(presets()) & set(BUILT_IN.strategies)
+    for name, path in presets().items():
+        assert get_configuration(name, registry=BUILT_IN) == get_configuration(
+            path, registry=BUILT_IN
+        )
+
+
+def test_a_preset_or_a_file_is_the_base_of_further_options(write, tmp_path):
+    for base in ("ttf-third", str(CONFIGS / "ttf-third.yaml")):
+        expected = TTF(keep_ratio=0.33, window=5)
+        assert get_strategy({"strategy": base, "window": 5}) == expected
+        assert get_strategy(write(f"strategy: {base}\nwindow: 5\n")) == expected
+        assert get_strategy("ttf", strategy=base, window=5) == expected
+        chain = get_strategy({"compose": [{"strategy": base, "window": 5}, "uniform"]})
+        assert chain.compose[0] == expected
+    outer = tmp_path / "outer.yaml"
+    outer.write_text(f"window: 7\nstrategy: {write('strategy: ttf-third' + chr(10) + 'window: 5')}")
+    assert get_strategy(outer) == TTF(keep_ratio=0.33, window=7)
+
+
+def test_what_is_wrong_in_a_base_is_said_with_the_place_of_both(write, tmp_path):
+    inner = write("strategy: ttf\nwindow: 4\n")
+    outer = tmp_path / "outer.yaml"
+    outer.write_text(f"threshold: 0.5\nstrategy: {inner}\nreduce: sum\n")
+    with pytest.raises(ConfigError) as caught:
+        get_strategy(outer)
+    message = str(caught.value)
+    assert re.search(r"outer\.yaml, line 2: .*mine\.yaml, line 2: window: 4 is wrong", message)
+    assert re.search(r"outer\.yaml, line 3: reduce: 'sum' is wrong", message)
+
+
+def test_a_file_that_is_its_own_base_is_refused(tmp_path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text(f"strategy: {two}\n")
+    two.write_text(f"strategy: {one}\n")
+    with pytest.raises(ConfigError, match="leads back to itself"):
+        get_strategy(one)
+
+
+# Options about the whole prompt
+
+
+@pytest.mark.parametrize("form", ["mapping", "file", "options", "configuration"])
+def test_prompt_options_stand_at_the_top_of_any_form(form, write):
+    values = {"strategy": "ttf", "positions": "contiguous", "attention": "proportional"}
+    text = "".join(f"{key}: {value}\n" for key, value in values.items())
+    source = {
+        "mapping": values,
+        "file": write(text),
+        "options": "ttf",
+        "configuration": Configuration(TTF(), "contiguous", "proportional"),
+    }[form]
+    options = {"positions": "contiguous", "attention": "proportional"} if form == "options" else {}
+    found = get_configuration(source, **options)
+    assert found == Configuration(TTF(), "contiguous", "proportional")
+    assert get_configuration(found.describe()) == found
+    changed = get_configuration(source, **options | {"positions": "keep", "window": 5})
+    assert changed == Configuration(TTF(window=5), "keep", "proportional")
+
+
+def test_a_strategy_alone_has_no_prompt_options():
+    assert get_strategy("ttf", positions="keep") == TTF()
+    with pytest.raises(ConfigError, match="give positions to compress or attach"):
+        get_strategy("ttf", positions="contiguous")
+
+
+def test_a_wrong_value_of_a_prompt_option_is_refused_with_its_line(write):
+    path = write("strategy: ttf\npositions: kept\n")
+    with pytest.raises(ConfigError, match=r"line 2: positions: 'kept' is wrong: it should be"):
+        get_configuration(path)
 
 
 def test_the_presets_mean_what_their_names_say():
-    assert get_strategy(CONFIGS / "ttf.yaml") == TTF()
     published = TTF(threshold=0.7, window=3, anchor="auto", segments="single", guard="none")
     assert get_strategy("ttf-published") == published
     assert get_strategy("ttf-third") == TTF(keep_ratio=0.33)
@@ -320,8 +394,9 @@ def test_the_presets_mean_what_their_names_say():
 
 @pytest.mark.parametrize("name", sorted(presets()))
 def test_a_preset_survives_describe(name):
-    preset = get_strategy(name, registry=BUILT_IN)
-    assert get_strategy(json.loads(json.dumps(preset.describe())), registry=BUILT_IN) == preset
+    preset = get_configuration(name, registry=BUILT_IN)
+    again = json.loads(json.dumps(preset.describe()))
+    assert get_configuration(again, registry=BUILT_IN) == preset
 
 
 @pytest.mark.parametrize("path", presets().values(), ids=lambda path: path.stem)

@@ -24,7 +24,14 @@ HOOKS = [name for name in vars(hookspecs) if name.startswith("tokenfuse_")]
 
 
 def test_all_is_what_the_design_promises():
-    calls = {"adapters", "attach", "compress", "load_strategy", "strategies", "strategy"}
+    calls = {
+        "attach",
+        "compress",
+        "get_strategy",
+        "is_attached",
+        "list_adapters",
+        "list_strategies",
+    }
     results = {"Compressed", "CompressedInputs", "Registered", "Report", "Session"}
     for_authors = {
         "Adapter",
@@ -48,7 +55,7 @@ def test_all_is_what_there_is():
 def test_importing_tokenfuse_is_light():
     code = (
         "import sys, tokenfuse\n"
-        "tokenfuse.strategy('ttf'), tokenfuse.list_strategies(), tokenfuse.list_adapters()\n"
+        "tokenfuse.get_strategy('ttf'), tokenfuse.list_strategies(), tokenfuse.list_adapters()\n"
         "heavy = {'transformers', 'torchvision', 'typer', 'rich', 'av', 'matplotlib', 'PIL',"
         " 'pytest', 'hypothesis', 'tokenfuse.testing'}\n"
         "print(sorted(heavy & set(sys.modules)))"

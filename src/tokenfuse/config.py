@@ -49,6 +49,13 @@ PROMPT_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 """Options of a configuration that say how the whole prompt is read, and their values."""
 
+_MEANINGS = {
+    "positions": "keep: survivors and all that follows keep the positions of the uncompressed "
+    "prompt; contiguous: renumber without gaps, for comparison",
+    "attention": "proportional: inside attach, the language model's attention weighs a survivor by "
+    "the tokens that were fused into it; plain: every survivor counts once",
+}
+
 StrategyLike = str | Path | Mapping[str, Any] | Strategy | Configuration
 """A strategy's name, a preset's, a YAML file, a Strategy, a Configuration, or a mapping with the
 key ``strategy`` or with one of MEANT_BY."""
@@ -217,6 +224,7 @@ def _schema_of(option: str) -> dict[str, Any]:
     """JSON Schema of an option of the whole configuration."""
     return {
         "default": getattr(Configuration, option),
+        "description": _MEANINGS[option],
         "enum": list(PROMPT_OPTIONS[option]),
         "title": option.capitalize(),
         "type": "string",

@@ -144,8 +144,8 @@ def _accept(given: list[type[Any]], base: type[Any], cls: Any) -> None:
         or not isinstance(getattr(cls, "name", None), str)
     ):
         raise PluginError(
-            f"{cls!r} is registered; expected a concrete subclass of "
-            f"{base.__module__}.{base.__name__} with a class attribute name: str"
+            f"{cls!r} is registered; expected a concrete subclass of tokenfuse."
+            f"{base.__name__.removeprefix('Model')} with a class attribute name: str"
         )
     given.append(cls)
 

@@ -81,7 +81,7 @@ def test_survivors_keep_their_order_and_positions_and_nothing_else_is_lost(case)
     short = realign_positions(positions, new, "keep")
     ids = torch.arange(mask.numel()).view(mask.shape)
     taken = new.take(ids, -1)
-    assert short.shape == (*positions.shape[:-1], new.length)
+    assert short.shape == (*positions.shape[:-1], new.columns.shape[1])
     assert (taken[~new.valid] == -1).all()
     for i, kept, columns in each_row(mask, keep, new):
         assert taken[i, columns].tolist() == ids[i, kept].tolist()
@@ -99,7 +99,7 @@ def test_the_batch_is_as_short_as_its_longest_row_and_padded_on_the_asked_side(c
     mask, _, keep, _, side = case
     new = shorten(mask, keep, side)
     counts = (mask.bool() & keep).sum(-1)
-    assert new.length == int(counts.max())
+    assert new.columns.shape[1] == int(counts.max())
     assert torch.equal(new.valid.sum(-1), counts)
     assert torch.equal(new.valid, new.valid.sort(-1, descending=side == "right").values)
 
@@ -154,7 +154,7 @@ def test_contiguous_counts_every_row_without_gaps(case):
     mask, _, keep, positions, side = case
     new = shorten(mask, keep, side)
     short = realign_positions(positions, new, "contiguous")
-    assert short.shape == (*positions.shape[:-1], new.length)
+    assert short.shape == (*positions.shape[:-1], new.columns.shape[1])
     for i, _, columns in each_row(mask, keep, new):
         for row in short.view(-1, *short.shape[-2:])[:, i, columns]:
             assert row.tolist() == list(range(len(columns)))
@@ -201,4 +201,4 @@ def test_a_row_without_tokens_stays_empty():
     mask = torch.tensor([[0, 0, 0], [0, 1, 1]])
     new = shorten(mask, torch.ones(2, 3, dtype=torch.bool), "left")
     assert new.valid.tolist() == [[False, False], [True, True]]
-    assert shorten(mask[:1], torch.ones(1, 3, dtype=torch.bool), "left").length == 0
+    assert shorten(mask[:1], torch.ones(1, 3, dtype=torch.bool), "left").columns.shape[1] == 0

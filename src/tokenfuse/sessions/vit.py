@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tokenfuse.adapters._hooks import Hook
 from tokenfuse.adapters._vit import VitAdapter
@@ -90,17 +92,18 @@ class VitSession(Attached):
 
     def _place(self, undo: ExitStack) -> None:
         for index, block in enumerate(self.adapter.blocks):
-            branch, enter = self.adapter.branch(block), partial(self._enter_block, index)
-            handles = (
-                block.register_forward_pre_hook(Hook(enter, with_kwargs=True), with_kwargs=True),
-                self.adapter.watch_keys(block, self._note_keys),
-                branch.first.register_forward_pre_hook(Hook(self._merge)),
-                branch.last.register_forward_hook(Hook(self._set_aside)),
-                # Before other hooks, which expect what the block returns.
-                block.register_forward_hook(Hook(self._leave_block), prepend=True),
-            )
-            for handle in handles:
+            for handle in self._hooks(index, block):
                 undo.callback(handle.remove)
+
+    def _hooks(self, index: int, block: nn.Module) -> Iterator[RemovableHandle]:
+        """Place the hooks of one block, one after the other."""
+        branch, enter = self.adapter.branch(block), partial(self._enter_block, index)
+        yield block.register_forward_pre_hook(Hook(enter, with_kwargs=True), with_kwargs=True)
+        yield self.adapter.watch_keys(block, self._note_keys)
+        yield branch.first.register_forward_pre_hook(Hook(self._merge))
+        yield branch.last.register_forward_hook(Hook(self._set_aside))
+        # Before other hooks, which expect what the block returns.
+        yield block.register_forward_hook(Hook(self._leave_block), prepend=True)
 
     def _enter_block(
         self, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
