@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 
 import pytest
-import transformers
 
-from families import FAMILIES
+from families import FAMILIES, TRANSFORMERS
 from tokenfuse.testing import AdapterConformance
 
 GENERIC = ["idefics3", "paligemma", "mistral3", "llava_pixtral", "aya_vision", "cohere2_vision"]
@@ -43,7 +42,7 @@ OPTIONS = {
 }
 FRAMES = {"adapter": None, "modalities": ("video",), "mixed": False, "several": False}
 
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+if TRANSFORMERS < (5, 23):
     skipped = pytest.mark.skip(reason="in 5.19.0 the forward of this model itself raises")
     OPTIONS["vipllava"] = {"pytestmark": [skipped]}
 
