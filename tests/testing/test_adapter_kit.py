@@ -11,6 +11,7 @@ import torch
 
 from families import FAMILIES
 from tokenfuse import hookimpl
+from tokenfuse.adapters import Span
 from tokenfuse.adapters.qwen3_vl import Qwen3VL
 from tokenfuse.prompt.realign import Realigned
 from tokenfuse.registry import Registry
@@ -123,6 +124,14 @@ class Unchecked(Broken):
         return keep
 
 
+class FramesApart(Broken):
+    """Each frame of a video is an item of its own, so that nothing can compare them."""
+
+    def spans(self, inputs, modality, entries):
+        found = super().spans(inputs, modality, entries)
+        return [Span((1, *span.grid[1:])) for span in found for _ in range(span.grid[0])]
+
+
 CAUGHT = {
     WrongPositions: "test_positions_are_those_of_the_uncompressed_prompt",
     DeepStackNotFused: "test_every_layer_of_features_is_fused",
@@ -133,6 +142,7 @@ CAUGHT = {
     WrongOrder: "test_every_placeholder_has_a_feature",
     AnythingGoes: "test_the_adapter_is_found",
     Unchecked: "test_placeholders_without_pixels_are_refused",
+    FramesApart: "test_a_video_is_one_item_of_all_its_frames",
 }
 """The test that a broken adapter fails, by name."""
 
@@ -148,7 +158,7 @@ def kit_of(cls, family="qwen3_vl"):
     found = FAMILIES[family]
     members = {
         "adapter": cls.name,
-        "among": Registry([Plugin()], installed=False),
+        "registry": Registry([Plugin()], installed=False),
         "modalities": found.modalities,
         "model": staticmethod(functools.cache(found.build)),
         "prompt": staticmethod(found.prompt),
@@ -191,6 +201,10 @@ def test_a_good_adapter_passes():
 @pytest.mark.parametrize("cls", CAUGHT, ids=lambda cls: cls.__name__)
 def test_a_broken_adapter_is_caught_by_name(cls):
     assert CAUGHT[cls] in outcomes(kit_of(cls))
+
+
+def test_frames_that_are_items_are_caught_by_one_test_alone():
+    assert list(outcomes(kit_of(FramesApart))) == [CAUGHT[FramesApart]]
 
 
 def test_future_tokens_that_are_seen_are_caught_by_name():
