@@ -28,14 +28,6 @@ class VideoLlava(Llava):
     family: ClassVar[tuple[str, ...]] = ("video_llava",)
     towers: ClassVar[tuple[str, ...]] = ("clip_vision_model",)
 
-    def has_visuals(self, inputs: Mapping[str, Any]) -> bool:
-        if inputs.get(FORMER) is not None:
-            raise PromptError(
-                f"{FORMER} are given; expected pixel_values, as transformers calls them from 5.21 "
-                "on: pass return_legacy_image_output=False to the processor"
-            )
-        return super().has_visuals(inputs)
-
     def spans(
         self, inputs: Mapping[str, Any], modality: Modality, entries: Sequence[Tensor]
     ) -> list[Span]:
@@ -47,3 +39,11 @@ class VideoLlava(Llava):
     def attention_modules(self, modality: Modality) -> Sequence[nn.Module]:
         tower = getattr(self.model.base_model, f"{modality}_tower")
         return [layer.self_attn for layer in tower.encoder.layers]
+
+    def placeholders(self, inputs: Mapping[str, Any], modality: Modality) -> Tensor:
+        if inputs.get(FORMER) is not None:
+            raise PromptError(
+                f"{FORMER} are given; expected pixel_values, as transformers calls them from 5.21 "
+                "on: pass return_legacy_image_output=False to the processor"
+            )
+        return super().placeholders(inputs, modality)
