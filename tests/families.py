@@ -15,6 +15,8 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
+TRANSFORMERS = tuple(map(int, transformers.__version__.split(".")[:2]))
+
 VOCAB = 128
 # Ordinary text, of which FIRST is the bos; the layouts' own words and markers stand above it.
 FIRST, WORDS = 4, range(5, 96)
@@ -306,6 +308,14 @@ def anyres(kind, seed, row, multi=False, newline=False):
     return [IMAGE] * n, {"pixel_values": noise(kind, seed, tiles, 3, SIDE, SIDE), **tensors}
 
 
+def framed(kind, seed, row):
+    """Video-LLaVA: in the tower, and with videos in the prompt, a class token before each frame."""
+    if kind == "image":
+        return square(kind, seed, row)
+    pixels = noise(kind, seed, 1, FRAMES, 3, SIDE, SIDE)
+    return [VIDEO] * (FRAMES * (1 + CELLS)), {"pixel_values_videos": pixels}
+
+
 def once(lists):
     """What all items of a row say of the row."""
     return torch.cat([row[0] for row in lists if row])
@@ -432,7 +442,7 @@ def blip2_prompt(rows, side="left"):
     return assemble(rows, side, partial(square, n=QUERIES), frame=frame)
 
 
-BOTH, STILL = ("image", "video"), ("image",)
+BOTH, STILL, MOVING = ("image", "video"), ("image",), ("video",)
 NEXT_IDS = {"image_token_index": IMAGE, "image_grid_pinpoints": PINPOINTS}
 NEXT_VIDEO_IDS = NEXT_IDS | {"video_token_index": VIDEO}
 NEWLINES = {"pixel_values": items}
@@ -568,6 +578,20 @@ FAMILIES = {
                 vision_feature_layer=[-2, -3, 1],
             ),
             llava_like(square),
+        ),
+        Family(
+            "video_llava",
+            # Earlier releases read the pixels of images by another name.
+            BOTH if TRANSFORMERS >= (5, 21) else MOVING,
+            partial(
+                build,
+                "VideoLlava",
+                text=LLAMA,
+                vision=CLIP,
+                image_token_index=IMAGE,
+                video_token_index=VIDEO,
+            ),
+            llava_like(framed),
         ),
         Family(
             "llava_next",

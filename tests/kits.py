@@ -6,9 +6,8 @@ import functools
 from typing import ClassVar
 
 import pytest
-import transformers
 
-from families import FAMILIES
+from families import FAMILIES, TRANSFORMERS
 from tokenfuse.testing import AdapterConformance
 
 GENERIC = ["idefics3", "paligemma", "mistral3", "llava_pixtral", "aya_vision", "cohere2_vision"]
@@ -71,7 +70,7 @@ OPTIONS = {
 }
 FRAMES = {"adapter": None, "modalities": ("video",), "mixed": False, "several": False}
 
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+if TRANSFORMERS < (5, 23):
     skipped = pytest.mark.skip(reason="in 5.19.0 the forward of this model itself raises")
     OPTIONS["vipllava"] = {"pytestmark": [skipped]}
 

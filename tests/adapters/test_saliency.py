@@ -19,9 +19,9 @@ from tokenfuse.strategies._base import Attention, Wants
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ["qwen2_5_vl", "internvl", "smolvlm", "idefics3", "gemma3", "llava_next"]
-NAMES.append("llava_next_video")
+NAMES += ["llava_next_video", "video_llava"]
 CASES = [(name, kind) for name in NAMES for kind in FAMILIES[name].modalities]
-PREFIX = {"internvl": 1, "llava_next": 1, "llava_next_video": 1}
+PREFIX = {"internvl": 1, "llava_next": 1, "llava_next_video": 1, "video_llava": 1}
 
 
 @functools.cache
@@ -43,17 +43,14 @@ def items_of(adapter, inputs, attention=None, **options):
         return [x for part in adapter.encode(inputs, wants, **options) for x in part.items]
 
 
-def tower_of(adapter):
+def tower_of(adapter, kind="image"):
     base = adapter.model.base_model
-    return next(
-        getattr(base, name)
-        for name in ("visual", "vision_model", "vision_tower")
-        if hasattr(base, name)
-    )
+    names = ("visual", "vision_model", "vision_tower", f"{kind}_tower")
+    return next(getattr(base, name) for name in names if hasattr(base, name))
 
 
-def attentions_of(adapter):
-    tower = tower_of(adapter)
+def attentions_of(adapter, kind):
+    tower = tower_of(adapter, kind)
     layers = tower.blocks if hasattr(tower, "blocks") else None
     if layers is None:
         layers = getattr(tower.encoder, "layers", None) or tower.encoder.layer
@@ -61,12 +58,12 @@ def attentions_of(adapter):
     return [getattr(x, next(n for n in names if hasattr(x, n))) for x in layers]
 
 
-def owners(name, adapter, inputs):
+def owners(name, adapter, inputs, kind):
     """The token that each patch belongs to, in the tower's order, -1 where none is.
 
     A patch's last hidden state is changed, and the token that changes is its own.
     """
-    tower, where = tower_of(adapter), []
+    tower, where = tower_of(adapter, kind), []
 
     def shift(hidden):
         if where:
@@ -75,7 +72,7 @@ def owners(name, adapter, inputs):
             sizes.append(hidden.shape[:-1])
 
     def after(module, args, output):
-        llava = name.startswith("llava")
+        llava = "llava" in name
         shift(output.hidden_states[-2] if llava else output.last_hidden_state)
 
     def before(module, args):
@@ -108,8 +105,8 @@ def owners(name, adapter, inputs):
 def eager_maps(monkeypatch):
     """Has an eager adapter record the maps of every vision attention, ``(heads, n, n)`` each."""
 
-    def listen(adapter):
-        maps, attentions = {}, attentions_of(adapter)
+    def listen(adapter, kind):
+        maps, attentions = {}, attentions_of(adapter, kind)
         home = sys.modules[type(attentions[0]).__module__]
         eager = home.eager_attention_forward
 
@@ -128,7 +125,7 @@ def eager_maps(monkeypatch):
 @functools.cache
 def checked_owners(name, kind):
     adapter = adapter_of(name, "eager")
-    return owners(name, adapter, FAMILIES[name].prompt(rows_of(kind)))
+    return owners(name, adapter, FAMILIES[name].prompt(rows_of(kind)), kind)
 
 
 @pytest.mark.parametrize("block", [0, 1, -1])
@@ -137,7 +134,7 @@ def test_saliency_is_what_an_eager_forward_s_maps_say(name, kind, block, eager_m
     inputs = FAMILIES[name].prompt(rows_of(kind))
     eager = adapter_of(name, "eager")
     belongs = checked_owners(name, kind)
-    maps = eager_maps(eager)
+    maps = eager_maps(eager, kind)
     found = items_of(adapter_of(name), inputs, Attention(block))
     assert not maps, "the sdpa model makes no map"
     items = items_of(eager, inputs)
@@ -206,7 +203,7 @@ def test_frames_shown_as_images_are_frames(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_no_hook_stays(name):
     adapter = adapter_of(name)
-    inputs = FAMILIES[name].prompt(rows_of("image"))
+    inputs = FAMILIES[name].prompt(rows_of(FAMILIES[name].modalities[0]))
     items_of(adapter, inputs, Attention(1))
     with pytest.raises(ConfigError, match=r"has 3; expected -3\.\.2"):
         items_of(adapter, inputs, Attention(3))
@@ -250,10 +247,11 @@ class Interleaved:
 @pytest.mark.parametrize("name", ["qwen3_vl", *NAMES])
 def test_two_threads_hear_their_own_calls_alone(name, asked):
     adapter, listening = adapter_of(name), Attention(0)
-    one, other = (FAMILIES[name].prompt([row]) for row in rows_of("image"))
+    kind = FAMILIES[name].modalities[0]
+    one, other = (FAMILIES[name].prompt([row]) for row in rows_of(kind))
     wanted = [(one, listening), (other, asked)]
     expected = [items_of(adapter, *want) for want in wanted]
-    threads = Interleaved(tower_of(adapter))
+    threads = Interleaved(tower_of(adapter, kind))
     found = threads.run(*(functools.partial(items_of, adapter, *want) for want in wanted))
     a, b = threads.order[0], threads.order[2]
     assert threads.order == [a, a, b, b]

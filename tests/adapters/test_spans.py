@@ -13,6 +13,8 @@ from transformers.utils import ModelOutput
 
 import tokenfuse
 from families import FAMILIES, RESAMPLED
+from tokenfuse import FusionPlan, VisualTokens
+from tokenfuse.adapters._base import Encoded
 from tokenfuse.adapters._spans import Span, as_frames, flat, from_pixels, from_video_pixels
 from tokenfuse.errors import PromptError, UnsupportedModelError
 
@@ -43,20 +45,48 @@ def pixels(*shape):
 
 
 UNEVEN = features(16, 5, None, 4, None)
-small = st.integers(0, 3)
+side, few = st.integers(1, 4), st.integers(0, 3)
+SPANS = st.builds(Span, st.tuples(side, side, side), few, few, few, few)
 
 
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), small, small, small)
-def test_tokens_and_others_are_all_the_features_of_a_span(t, h, w, head, per_row, tail):
-    span = Span((t, h, w), head, per_row, tail)
+@given(SPANS)
+def test_tokens_and_others_are_all_the_features_of_a_span(span):
     tokens, others = span.tokens(), span.others()
     assert sorted([*tokens.tolist(), *others.tolist()]) == list(range(span.size))
-    assert tokens.tolist() == sorted(tokens.tolist())
+    t, h, w = span.grid
     assert len(tokens) == span.num_tokens == t * h * w
     assert span.plain == (len(others) == 0)
     # The layout, drawn by hand.
-    drawn = "x" * head + ("t" * w + "n" * per_row) * (t * h) + "e" * tail
+    row = "t" * w + "n" * span.per_row
+    drawn = "x" * span.head + ("c" * span.per_frame + row * h) * t + "e" * span.tail
     assert [i for i, kind in enumerate(drawn) if kind == "t"] == tokens.tolist()
+    assert len(drawn) == span.size
+
+
+@given(SPANS, st.data())
+def test_what_surrounds_tokens_stays_and_owns_itself(span, data):
+    """Of the features of two items, a plan touches the visual tokens alone."""
+    n = span.num_tokens
+    kept = data.draw(st.sets(st.integers(0, n - 1), min_size=1))
+    plan = FusionPlan.from_survivors(torch.tensor(sorted(kept)), n)
+    tokens = VisualTokens.from_grid(torch.randn(n, 4), span.grid)
+    part = Encoded("video", None, [tokens] * 2, "video", [span] * 2)
+    stays, owners = part.keep_mask([plan] * 2), part.owners([plan] * 2)
+    chosen = span.tokens()[plan.survivors]
+    expected = torch.cat([chosen, span.others()]).sort().values
+    both = torch.cat([expected, expected + span.size])
+    assert torch.equal(stays.nonzero()[:, 0], both)
+    assert torch.equal(owners, torch.where(stays, torch.arange(2 * span.size), -1))
+
+
+@given(SPANS, st.integers(1, 4))
+def test_images_as_frames_are_the_same_features(span, count):
+    image = span._replace(grid=(1, *span.grid[1:]), tail=0)
+    (video,) = as_frames([image] * count, [0] * count)
+    assert video.grid == (count, *image.grid[1:])
+    for apart, whole in ((image.tokens(), video.tokens()), (image.others(), video.others())):
+        shifted = torch.cat([apart + n * image.size for n in range(count)])
+        assert torch.equal(whole.sort().values, shifted.sort().values)
 
 
 def test_square_tiles_are_told_by_their_pixels():
@@ -163,6 +193,12 @@ def test_frames_of_several_sizes_are_refused(odd):
         as_frames([Span((1, 2, 3)), odd], [0, 0])
 
 
+def test_frames_with_something_behind_each_are_refused():
+    """Such as newlines, which would stand between frames."""
+    with pytest.raises(PromptError, match="and nothing behind any"):
+        as_frames([Span((1, 2, 3), tail=1)] * 2, [0, 0])
+
+
 def test_one_tensor_holds_the_features_of_any_container():
     parts = (torch.randn(2, 4), torch.randn(3, 4))
     assert torch.equal(flat(parts), torch.cat(parts))
@@ -185,16 +221,58 @@ GRIDS = {
     "llava": ("image", [(1, 4, 4)]),
     "llava_onevision": ("video", [(3, 2, 2)]),
     "llava_next_video": ("video", [(3, 2, 2)]),
+    "video_llava": ("video", [(3, 4, 4)]),
 }
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_newlines_are_no_tokens_of_a_real_model(name):
+def test_newlines_and_class_tokens_are_no_tokens_of_a_real_model(name):
     kind, grids = GRIDS[name]
     family = FAMILIES[name]
     inputs = family.prompt([[("text", 1), (kind, 1), ("text", 2)]])
     report = tokenfuse.compress(family.build("sdpa"), inputs, "uniform").report
     assert [item.grid for item in report.items] == grids
+
+
+def test_the_class_token_of_each_frame_stays_when_a_video_is_compressed():
+    family = FAMILIES["video_llava"]
+    model, inputs = family.build("sdpa"), family.prompt([[("text", 1), ("video", 1), ("text", 2)]])
+    frames = inputs["pixel_values_videos"]
+    frames[:, 1:, :, :12] = frames[:, :1, :, :12]
+    short = tokenfuse.compress(model, inputs, "ttf")
+    (plan,) = short.plans["video"]
+    assert 16 <= len(plan.survivors) < 48
+    assert int((short["input_ids"] == model.config.video_token_id).sum()) == 3 + len(plan.survivors)
+    with torch.no_grad():
+        whole = flat(model.base_model.get_video_features(frames).pooler_output)
+    kept = short["mm_encoder_outputs"]["video"].pooler_output[:, 0]
+    for token in whole[::17]:
+        assert (kept == token).all(-1).any()
+
+
+def test_images_of_a_frame_each_with_a_class_token_can_be_one_video():
+    family = FAMILIES["llava"]
+    model, inputs = family.build("sdpa"), family.prompt([[("image", 1), ("image", 2), ("text", 2)]])
+    model.config.vision_feature_select_strategy = "full"
+    inputs["input_ids"] = torch.tensor([[4, *[model.config.image_token_id] * 34, 9]])
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    short = tokenfuse.compress(model, inputs, "uniform", frames_as_images=True)
+    assert [(item.modality, item.grid) for item in short.report.items] == [("video", (2, 4, 4))]
+    assert len(short["input_ids"][0]) == 2 + 2 + len(short.plans["image"][0].survivors)
+
+
+def test_pixels_by_their_former_name_are_refused():
+    """As the processor of Video-LLaVA returns them by default."""
+    family = FAMILIES["video_llava"]
+    model, inputs = family.build("sdpa"), family.prompt([[("text", 1), ("video", 1), ("text", 2)]])
+    inputs["pixel_values_images"] = inputs.pop("pixel_values_videos")[0]
+    with pytest.raises(PromptError, match="pass return_legacy_image_output=False"):
+        tokenfuse.compress(model, inputs, "uniform")
+    with (
+        tokenfuse.attach(model, "uniform"),
+        pytest.raises(PromptError, match="expected pixel_values"),
+    ):
+        model.generate(**inputs, max_new_tokens=1)
 
 
 def test_several_images_of_one_size_can_be_one_video():

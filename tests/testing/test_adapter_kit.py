@@ -14,6 +14,7 @@ import torch
 
 from families import FAMILIES
 from tokenfuse import compression, hookimpl
+from tokenfuse.adapters import Span
 from tokenfuse.adapters.qwen3_vl import Qwen3VL
 from tokenfuse.prompt import turn
 from tokenfuse.prompt.inputs import Prompt
@@ -88,6 +89,14 @@ class AnythingGoes(Broken):
         return True
 
 
+class FramesApart(Broken):
+    """Each frame of a video is an item of its own, so that nothing can compare them."""
+
+    def spans(self, inputs, modality, entries):
+        found = super().spans(inputs, modality, entries)
+        return [Span((1, *span.grid[1:])) for span in found for _ in range(span.grid[0])]
+
+
 CAUGHT = {
     WrongPositions: "test_positions_are_those_of_the_uncompressed_prompt",
     DeepStackNotFused: "test_every_layer_of_features_is_fused",
@@ -95,6 +104,7 @@ CAUGHT = {
     Miscounted: "test_every_placeholder_has_a_feature",
     StaleDelta: "test_the_next_position_follows_the_uncompressed_prompt",
     AnythingGoes: "test_the_adapter_is_found",
+    FramesApart: "test_a_video_is_one_item_of_all_its_frames",
 }
 """The test that a broken adapter fails, by name."""
 
@@ -201,6 +211,10 @@ def test_a_broken_adapter_is_caught_by_name(cls):
 def test_a_broken_road_is_caught_by_name(mutate, monkeypatch):
     mutate(monkeypatch)
     assert MUTANTS[mutate] in outcomes(kit_of(Broken))
+
+
+def test_frames_that_are_items_are_caught_by_one_test_alone():
+    assert list(outcomes(kit_of(FramesApart))) == [CAUGHT[FramesApart]]
 
 
 def test_future_tokens_that_are_seen_are_caught_by_name():

@@ -1,7 +1,7 @@
 """Where the visual tokens are among the features that a vision tower returns.
 
-Towers return more than tokens: newline features after rows, a class token, separators. A Span says
-which features make a grid; all others stay in the prompt as they are.
+Towers return more than visual tokens: class tokens before images or frames, newlines after rows,
+separators. A Span says which features make a grid; all others stay in the prompt as they are.
 """
 
 from __future__ import annotations
@@ -22,46 +22,65 @@ RESAMPLERS = ("QFormer", "Perceiver", "Resampler", "Abstractor")
 
 
 class Span(NamedTuple):
-    """Consecutive features: the visual tokens of a grid, and others around them.
+    """Consecutive features of a vision tower: the visual tokens of one grid, and others among them.
 
-    ``grid``: ``(T, H, W)`` of the tokens. ``head`` features come before them, such as a class
-    token; ``per_row`` after each row of the grid, such as a newline; ``tail`` after all.
+    The features stand in this order: ``head`` features; then, for each frame, ``per_frame``
+    features and the rows of the frame, each followed by ``per_row`` features; then ``tail``
+    features. All counts are numbers of features.
     """
 
     grid: Grid
+    """Frames, rows and columns of the visual tokens, ``(T, H, W)``."""
     head: int = 0
+    """Features before all frames, such as one class token for the whole item."""
+    per_frame: int = 0
+    """Features before each frame, such as a class token of the frame."""
     per_row: int = 0
+    """Features after each row of each frame, such as a newline."""
     tail: int = 0
+    """Features after all frames, such as a separator."""
 
     @property
     def plain(self) -> bool:
-        """Whether there are only tokens."""
+        """Whether all features are visual tokens."""
         return self.num_tokens == self.size
 
     @property
     def num_tokens(self) -> int:
+        """How many of the features are visual tokens."""
         return prod(self.grid)
+
+    @property
+    def frame_size(self) -> int:
+        """How many features a frame has, those before it and those after its rows included."""
+        return self.per_frame + self.grid[1] * (self.grid[2] + self.per_row)
 
     @property
     def size(self) -> int:
         """How many features there are in all."""
-        t, h, w = self.grid
-        return self.head + t * h * (w + self.per_row) + self.tail
+        return self.head + self.grid[0] * self.frame_size + self.tail
 
     def tokens(self, device: torch.device | None = None) -> Int[Tensor, " N"]:
-        """Which of the features are tokens, in ``(t, h, w)`` order."""
-        index = torch.arange(self.num_tokens, device=device)
-        return self.head + index + index // self.grid[2] * self.per_row
+        """Indices of the features that are visual tokens, in ``(t, h, w)`` order."""
+        column = torch.arange(self.grid[2], device=device)
+        return (self._rows(device)[..., None] + column).flatten()
 
     def others(self, device: torch.device | None = None) -> Int[Tensor, " E"]:
-        """Which of the features are none."""
-        # The complement of an arithmetic sequence, without a mask's host synchronisation.
-        t, h, w = self.grid
+        """Indices of the features that are no visual tokens, in no particular order."""
+        # Counted: finding them as the complement would be a host synchronisation.
+        rows = self._rows(device)
         head = torch.arange(self.head, device=device)
-        row = torch.arange(t * h, device=device)[:, None] * (w + self.per_row)
-        ends = self.head + row + w + torch.arange(self.per_row, device=device)
+        before = rows[:, :1] - 1 - torch.arange(self.per_frame, device=device)
+        behind = rows[..., None] + self.grid[2] + torch.arange(self.per_row, device=device)
         tail = torch.arange(self.size - self.tail, self.size, device=device)
-        return torch.cat([head, ends.flatten(), tail])
+        return torch.cat([head, before.flatten(), behind.flatten(), tail])
+
+    def _rows(self, device: torch.device | None) -> Int[Tensor, "T H"]:
+        """Index of the first visual token of each row."""
+        t, h, w = self.grid
+        frame = torch.arange(t, device=device)[:, None] * self.frame_size
+        row = torch.arange(h, device=device) * (w + self.per_row)
+        return self.head + self.per_frame + frame + row
 
 
 def flat(features: Tensor | Sequence[Tensor]) -> Tensor:
@@ -75,20 +94,23 @@ def flat(features: Tensor | Sequence[Tensor]) -> Tensor:
 def as_frames(spans: Sequence[Span], videos: Sequence[Hashable]) -> list[Span]:
     """The spans of each video as one, frame by frame; ``videos`` says which each belongs to.
 
-    Raises PromptError where they are not frames of one size.
+    What stands before the tokens of each image, such as a class token, stands before each frame.
+
+    Raises PromptError where they are not frames of one size, or something stands behind each.
     """
     whole: list[Span] = []
     for video in dict.fromkeys(videos):
         own = [span for span, of in zip(spans, videos, strict=True) if of == video]
         first = own[0]
-        if any(span != first or span.grid[0] != 1 or not span.plain for span in own):
+        if any(span != first or span.grid[0] != 1 or span.tail for span in own):
             grids = ", ".join(str(span.grid) for span in own)
             raise PromptError(
                 f"frames_as_images is set, but a prompt shows images of the grids {grids}; "
-                "expected the frames of one video, all of one size and nothing else: leave out "
-                "frames_as_images, or ask about images in another prompt"
+                "expected the frames of one video, all of one size and nothing behind any: leave "
+                "out frames_as_images, or ask about images in another prompt"
             )
-        whole.append(Span((len(own), *first.grid[1:])))
+        before = first.head + first.per_frame
+        whole.append(Span((len(own), *first.grid[1:]), per_frame=before, per_row=first.per_row))
     return whole
 
 

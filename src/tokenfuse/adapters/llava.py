@@ -21,13 +21,18 @@ class Llava(ClipTower):
     name: ClassVar[str] = "llava"
     family: ClassVar[tuple[str, ...]] = ("llava", "vipllava")
 
+    @property
+    def side(self) -> int:
+        """Patches in each row and column of an image."""
+        vision = self.model.config.vision_config
+        return int(vision.image_size) // int(vision.patch_size)
+
     def spans(
         self, inputs: Mapping[str, Any], modality: Modality, entries: Sequence[Tensor]
     ) -> list[Span]:
-        config, option = self.model.config, "vision_feature_select_strategy"
-        selected = inputs.get(option) or getattr(config, option, "default")
+        option = "vision_feature_select_strategy"
+        selected = inputs.get(option) or getattr(self.model.config, option, "default")
         if self.prefix and selected == "full":
             # The class token stands before the patches, and is no visual token.
-            side = config.vision_config.image_size // config.vision_config.patch_size
-            return [Span((1, side, side), head=self.prefix)] * len(entries)
+            return [Span((1, self.side, self.side), head=self.prefix)] * len(entries)
         return super().spans(inputs, modality, entries)

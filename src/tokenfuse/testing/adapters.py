@@ -921,6 +921,21 @@ class AdapterConformance:
                 sums = tokens.saliency.view(tokens.grid[0], -1).sum(-1)
                 torch.testing.assert_close(sums, torch.ones_like(sums), atol=1e-4, rtol=0)
 
+    def test_a_video_is_one_item_of_all_its_frames(self, case: str) -> None:
+        """Frames that came as items of their own could not be compared with each other."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(case)
+        shown = [[kind for kind, _ in row].count("video") for row in self.cases()[case]]
+        as_images = inputs.get(PIXELS["video"]) is None
+        if not any(shown) or (as_images and not self.frames_as_images):
+            pytest.skip("this prompt shows no video, or shows it as images")
+        if self.frames_as_images:
+            # All images of a prompt are one video.
+            shown = [min(1, videos) for videos in shown]
+        report = self.compress(model, inputs).report
+        frames = [item.grid[0] for item in report.items if item.modality == "video"]
+        assert len(frames) == sum(shown), "items of the modality video, and videos of the prompt"
+        assert max(frames) > 1, "frames of the longest video"
+
 
 def _halved(features: Tensor, span: Span) -> Tensor:
     """What Halves leaves of a span's features, without a plan."""
