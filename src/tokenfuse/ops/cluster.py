@@ -63,11 +63,12 @@ def _parts(points: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield x.to(torch.float32).clamp(-LARGE, LARGE), part
 
 
-def _rows(x: Tensor) -> list[slice]:
+def _rows(x: Tensor) -> Iterator[slice]:
     """Points whose distances to all others are held at a time."""
     n = x.shape[1]
     size = max(1, CHUNK // (x.shape[0] * n))
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+    for i in range(0, n, size):
+        yield slice(i, min(i + size, n))
 
 
 def _squared(x: Tensor, y: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def _squared(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _scores(x: Tensor, valid: Tensor, neighbours: int) -> Tensor:
-    rows = _rows(x)
+    rows = list(_rows(x))
     n = x.shape[1]
     # Twice the products, where they do not fit at once, instead of all the memory.
     held = [_squared(x, x)] if len(rows) == 1 else None
