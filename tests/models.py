@@ -178,9 +178,9 @@ class Drop(Strategy):
     def plan(self, tokens):
         t, h, w = tokens.grid
         n = tokens.num_tokens
-        # The draw depends on the item, not on its place in a batch.
-        own = int(tokens.features.abs().sum().double() * 8) % 1000
-        noise = torch.rand(n, generator=torch.Generator().manual_seed(self.seed * 1000 + own))
+        # The draw depends on the grid: not on an item's place in a batch, nor on rounding.
+        own = t * 10007 + h * 101 + w
+        noise = torch.rand(n, generator=torch.Generator().manual_seed(self.seed * 1009 + own))
         if self.frames:
             noise = noise + (torch.arange(n) // (h * w) % 2 == 0) * 2
             kept = max(1, round(-(-t // 2) * h * w * (1 - self.reduction)))
