@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -177,9 +178,9 @@ class Drop(Strategy):
     def plan(self, tokens):
         t, h, w = tokens.grid
         n = tokens.num_tokens
-        # The draw depends on the item, not on its place in a batch.
-        own = int(tokens.features.abs().sum().double() * 8) % 1000
-        noise = torch.rand(n, generator=torch.Generator().manual_seed(self.seed * 1000 + own))
+        # The draw depends on the grid: not on an item's place in a batch, nor on rounding.
+        own = t * 10007 + h * 101 + w
+        noise = torch.rand(n, generator=torch.Generator().manual_seed(self.seed * 1009 + own))
         if self.frames:
             noise = noise + (torch.arange(n) // (h * w) % 2 == 0) * 2
             kept = max(1, round(-(-t // 2) * h * w * (1 - self.reduction)))
@@ -235,6 +236,21 @@ ROUNDING = 1e-4
 """Largest difference of logits that is rounding."""
 
 
+class Forced(LogitsProcessor):
+    """Lets ``generate`` answer as ``sequences (B, L + S)`` go on, whatever the logits say.
+
+    The logits of two ways to compute one answer can then be compared, also where two tokens of a
+    random model tie but for rounding.
+    """
+
+    def __init__(self, sequences):
+        self.sequences = sequences
+
+    def __call__(self, input_ids, scores):
+        chosen = self.sequences[:, input_ids.shape[1], None]
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0)
+
+
 class Oracle:
     """The full-length run of the same model, in which a 4-D mask hides the dropped tokens.
 
@@ -281,14 +297,6 @@ class Oracle:
             **pixels,
         )
         return output.logits
-
-    def answer(self, steps):
-        """Greedy tokens ``(B, steps)`` and the logits that chose them ``(B, steps, V)``."""
-        chosen = []
-        for _ in range(steps):
-            chosen.append(self.logits()[:, -1])
-            self.append(chosen[-1].argmax(-1, keepdim=True))
-        return self.ids[:, -steps:], torch.stack(chosen, 1)
 
     def follow(self, tokens):
         """Append an answer ``(B, S)``, and give the logits ``(B, S, V)`` that choose its tokens."""

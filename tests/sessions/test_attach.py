@@ -10,7 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, pipeline
 
 import tokenfuse
 from models import (
+    ROUNDING,
     Halves,
+    Oracle,
     attach,
     batch,
     build,
@@ -289,7 +291,8 @@ def test_text_passes_through_and_the_report_says_so(model):
         assert session.report.reason == "the prompt has no image or video"
         with torch.no_grad():
             logits = model(**inputs).logits
-        assert torch.equal(logits[0, -1].argmax(), plain[0, inputs["input_ids"].shape[1]])
+        said = plain[0, inputs["input_ids"].shape[1]]
+        assert logits[0, -1].max() - logits[0, -1, said] <= 2 * ROUNDING
     with attach(model) as session, torch.no_grad():
         model(**inputs)
     assert session.report.reason == "the prompt has no image or video"
@@ -318,9 +321,7 @@ def test_a_batch_of_text_and_images_is_compressed_where_it_can_be(model):
     assert before[1] > after[1]
     with attach(model):
         ids = model.generate(**inputs, max_new_tokens=4)
-    alone = prompt(texts[:1])
-    plain = model.generate(**alone, max_new_tokens=4)
-    assert torch.equal(ids[0, -4:], plain[0, -4:])
+    assert Oracle(model, prompt(texts[:1]), {}).says(ids[:1, -4:])
 
 
 def test_a_stock_pipeline_gives_the_text_of_compress_and_generate(model):

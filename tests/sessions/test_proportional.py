@@ -11,7 +11,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LogitsProcessor
 
 import tokenfuse
-from models import AMONG, Halves, batch, build, model_of, one_video, prompt, two_videos, user
+from models import (
+    AMONG,
+    Forced,
+    Halves,
+    batch,
+    build,
+    model_of,
+    one_video,
+    prompt,
+    two_videos,
+    user,
+)
 from tokenfuse.errors import ConfigError, UnsupportedModelError
 from tokenfuse.prompt.cache import as_argument, cache_of
 from tokenfuse.prompt.shares import Shares
@@ -204,8 +215,8 @@ def test_the_kind_of_cache_does_not_change_the_answer(kind, make, options):
     model, inputs = model_of(attention=kind), make()
     with attach(model):
         expected = model.generate(**inputs, **OPTIONS)
-        found = model.generate(**inputs, **OPTIONS, **options)
-    assert torch.equal(found.sequences, expected.sequences)
+        forced = [Forced(expected.sequences)]
+        found = model.generate(**inputs, **OPTIONS, **options, logits_processor=forced)
     torch.testing.assert_close(
         torch.stack(found.logits), torch.stack(expected.logits), atol=1e-4, rtol=0
     )
@@ -216,8 +227,13 @@ def test_a_rejected_draft_leaves_no_mask_behind(tokens):
     model, inputs = model_of(), one_video()
     with attach(model):
         expected = model.generate(**inputs, **OPTIONS)
-        found = model.generate(**inputs, **OPTIONS, prompt_lookup_num_tokens=tokens)
+        options = {"prompt_lookup_num_tokens": tokens}
+        forced = [Forced(expected.sequences)]
+        found = model.generate(**inputs, **OPTIONS, **options, logits_processor=forced)
     assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(
+        torch.stack(found.logits), torch.stack(expected.logits), atol=1e-4, rtol=0
+    )
 
 
 def test_another_prompt_that_is_read_meanwhile_is_read_as_ever():
@@ -245,12 +261,15 @@ def test_another_prompt_that_is_read_meanwhile_is_read_as_ever():
 
 def test_beams_and_samples_see_the_sizes_of_their_own_prompt():
     model, rows = model_of(), (0, 1)
-    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 4}
+    options = {"num_beams": 3, "num_return_sequences": 2, "output_scores": True}
     with attach(model):
-        both = model.generate(**batch("left", rows), **options)
-        alone = [model.generate(**batch("left", [row]), **options) for row in rows]
-    for row in rows:
-        assert torch.equal(both[2 * row : 2 * row + 2, -4:], alone[row][:, -4:])
+        both = model.generate(**batch("left", rows), **OPTIONS, **options)
+        for number, tokens in enumerate(both.sequences[:, -5:, None]):
+            inputs = batch("left", rows[number // 2 : number // 2 + 1])
+            forced = [Forced(torch.cat([inputs["input_ids"], tokens.T], -1))]
+            alone = model.generate(**inputs, **OPTIONS, logits_processor=forced)
+            scores = torch.cat(alone.logits).log_softmax(-1).gather(-1, tokens)
+            torch.testing.assert_close(both.sequences_scores[number], scores.mean())
 
 
 def test_many_questions_about_one_prompt_equal_the_whole_prompts():
@@ -266,14 +285,17 @@ def test_many_questions_about_one_prompt_equal_the_whole_prompts():
                 new = torch.zeros_like(new) if name == "mm_token_type_ids" else new
                 whole[name] = torch.cat([inputs[name], new], -1)
             expected = model.generate(**whole, **OPTIONS)
-            found = session.ask(read, question, **OPTIONS)
-            assert torch.equal(found.sequences, expected.sequences)
+            forced = [Forced(expected.sequences)]
+            found = session.ask(read, question, **OPTIONS, logits_processor=forced)
             torch.testing.assert_close(
                 torch.stack(found.logits), torch.stack(expected.logits), atol=1e-4, rtol=0
             )
-        twice = session.ask(read, ids[0].repeat_interleave(2, 0), **OPTIONS)
         once = session.ask(read, ids[0], **OPTIONS)
-        assert torch.equal(twice.sequences, once.sequences.repeat_interleave(2, 0))
+        forced = [Forced(once.sequences.repeat_interleave(2, 0))]
+        question = ids[0].repeat_interleave(2, 0)
+        twice = session.ask(read, question, **OPTIONS, logits_processor=forced)
+        expected = torch.stack(once.logits, 1).repeat_interleave(2, 0)
+        torch.testing.assert_close(torch.stack(twice.logits, 1), expected, atol=1e-4, rtol=0)
 
 
 def test_a_new_video_in_a_later_turn_brings_its_sizes():
@@ -282,8 +304,7 @@ def test_a_new_video_in_a_later_turn_brings_its_sizes():
         out = model.generate(**first, **OPTIONS)
         both = two_turns(first, out.sequences)
         kept = model.generate(**both, **as_argument(cache_of(out)), **OPTIONS)
-        anew = model.generate(**both, **OPTIONS)
-    assert torch.equal(kept.sequences, anew.sequences)
+        anew = model.generate(**both, **OPTIONS, logits_processor=[Forced(kept.sequences)])
     torch.testing.assert_close(
         torch.stack(kept.logits), torch.stack(anew.logits), atol=1e-4, rtol=0
     )
