@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tokenfuse import get_strategy
+from tokenfuse.bench.markdown import table
 from tokenfuse.compression import prompt_adapter
 from tokenfuse.inference.run import load
 from tokenfuse.micro import INSTRUMENTS
@@ -67,10 +68,6 @@ def main() -> None:
         name: get_strategy({**config, "keep_ratio": args.keep_ratio})
         for name, config in SETTINGS.items()
     }
-    lines = [
-        "| setting | task | still | pan | cut, flicker |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
     found = {(name, task): {} for name in chosen for task in SUBTLE}
     for stratum in (s for s in STRATA if s.task in SUBTLE):
         clips = [
@@ -87,14 +84,15 @@ def main() -> None:
                 kept = strategy.plan(item).keep_mask.numpy() & decisive
                 share = kept.sum() / decisive.sum()
                 found[name, stratum.task].setdefault(camera, []).append(share)
+    rows = []
     for task in SUBTLE:
         for name in chosen:
             by = found[name, task]
             cells = [np.array(x) for x in (by["still"], by["pan"], by["cut"] + by["fli"])]
             shown = [f"{100 * (x > 0).mean():.0f} ({100 * x.mean():.0f})" for x in cells]
-            lines.append(f"| {name} | {task} | {' | '.join(shown)} |")
-    table = "\n".join(lines) + "\n"
-    print(PAGE.format(clips=args.clips, keep=args.keep_ratio, table=table), end="")
+            rows.append([name, task, *shown])
+    found = table(["setting", "task", "still", "pan", "cut, flicker"], rows, left=2)
+    print(PAGE.format(clips=args.clips, keep=args.keep_ratio, table=found), end="")
 
 
 if __name__ == "__main__":

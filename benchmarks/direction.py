@@ -11,6 +11,7 @@ import torch
 
 from tokenfuse import get_strategy
 from tokenfuse.bench.compare import generate
+from tokenfuse.bench.markdown import table
 from tokenfuse.bench.micro import LONGEST, texts
 from tokenfuse.compression import compress_with, prompt_adapter
 from tokenfuse.inference.run import load
@@ -93,7 +94,7 @@ def main() -> None:
                 found.setdefault((label, name), []).extend(
                     a == clip.question.answer for a, clip in zip(given, clips, strict=True)
                 )
-    lines = ["| setting | stays in the picture | crosses an edge |", "| --- | ---: | ---: |"]
+    rows = []
     for label in SETTINGS:
         cells = [
             " / ".join(
@@ -101,13 +102,13 @@ def main() -> None:
             )
             for where in (~crossing, crossing)
         ]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        rows.append([label, *cells])
     print(
         PAGE.format(
             clips=args.clips,
             strata=len(strata),
             crossing=int(crossing.sum()),
-            table="\n".join(lines) + "\n",
+            table=table(["setting", "stays in the picture", "crosses an edge"], rows),
         ),
         end="",
     )

@@ -11,6 +11,7 @@ import torch
 
 from tokenfuse import get_strategy
 from tokenfuse.bench.compare import generate
+from tokenfuse.bench.markdown import table
 from tokenfuse.bench.micro import LONGEST, texts
 from tokenfuse.bench.retention.summary import COUNTED
 from tokenfuse.compression import compress_with, prompt_adapter
@@ -73,10 +74,7 @@ def main() -> None:
         model, processor = load(folder)
         processor.tokenizer.padding_side = "left"
         models[name] = model, processor, prompt_adapter(model, default_registry())
-    lines = [
-        f"| task | size | uncompressed | {' | '.join(SETTINGS)} |",
-        "| --- | ---: |" + " ---: |" * (1 + len(SETTINGS)),
-    ]
+    rows = []
     for task in SUBTLE:
         strata = [s for s in STRATA if s.task == task]
         for size in SIZES[task]:
@@ -102,9 +100,9 @@ def main() -> None:
                 found.append(row)
             cells = [" / ".join(pair) for pair in zip(*found, strict=True)]
             unit = UNITS.get(task, "pixels")
-            lines.append(f"| {task} | {size:g} {unit} | {' | '.join(cells)} |")
-    table = "\n".join(lines) + "\n"
-    print(PAGE.format(clips=args.clips, counted=COUNTED, table=table), end="")
+            rows.append([task, f"{size:g} {unit}", *cells])
+    shown = table(["task", "size", "uncompressed", *SETTINGS], rows)
+    print(PAGE.format(clips=args.clips, counted=COUNTED, table=shown), end="")
 
 
 if __name__ == "__main__":

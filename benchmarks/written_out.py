@@ -12,6 +12,7 @@ import torch
 
 from tokenfuse import get_strategy
 from tokenfuse.bench.compare import generate
+from tokenfuse.bench.markdown import table
 from tokenfuse.bench.micro import LONGEST, encoding_once, texts
 from tokenfuse.bench.retention.plan import Plan
 from tokenfuse.compression import compress_with, plan_items, prompt_adapter
@@ -144,15 +145,10 @@ def main() -> None:
 
     tables = []
     for label in SETTINGS:
-        lines = [
-            f"## {label}\n",
-            f"| task | uncompressed | {' | '.join(FORMS)} |",
-            "| --- |" + " ---: |" * (1 + len(FORMS)),
-        ]
         keys = ["uncompressed", *((label, form) for form in FORMS)]
-        for row, tasks in [*((task, [task]) for task in plan.tasks), ("all", plan.tasks)]:
-            lines.append(f"| {row} | {' | '.join(cell(key, *tasks) for key in keys)} |")
-        tables.append("\n".join(lines) + "\n")
+        groups = [*((task, [task]) for task in plan.tasks), ("all", plan.tasks)]
+        rows = [[name, *(cell(key, *tasks) for key in keys)] for name, tasks in groups]
+        tables.append(f"## {label}\n\n" + table(["task", "uncompressed", *FORMS], rows))
     print(PAGE.format(tables="\n".join(tables), questions=args.questions), end="")
 
 

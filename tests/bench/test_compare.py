@@ -178,7 +178,7 @@ def test_the_uncompressed_row_comes_first_and_the_others_are_held_against_it():
 
 
 def test_a_strategy_that_fails_has_a_reason_and_leaves_the_others_alone(monkeypatch, found):
-    monkeypatch.setattr(video, "registry", lambda: found)
+    monkeypatch.setattr(video, "default_registry", lambda: found)
     result = video.compare(SAMPLE, SAMPLE_QUESTION, ["faulty", "uniform"], [0.5], repeats=1)
     plain, faulty, uniform = result.rows
     assert faulty.reason == "ZeroDivisionError: one part of nothing"
@@ -257,7 +257,7 @@ def test_the_vision_tower_sees_a_clip_once_for_all_that_want_the_same(monkeypatc
 
 
 def test_a_strategy_that_fails_on_a_task_has_a_reason(monkeypatch, found):
-    monkeypatch.setattr(micro, "registry", lambda: found)
+    monkeypatch.setattr(micro, "default_registry", lambda: found)
     _, faulty, uniform = benchmark(1, ["faulty", "uniform"], [0.5], tasks=("color",)).scores
     assert faulty.reason == "ZeroDivisionError: one part of nothing"
     assert faulty.accuracy is faulty.kept is None

@@ -14,6 +14,7 @@ from tokenfuse.bench.compare import compare
 from tokenfuse.cli import app
 from tokenfuse.errors import ConfigError
 from tokenfuse.inference import run as inference
+from tokenfuse.inference.inputs import frames_as_images
 from tokenfuse.micro import SAMPLE
 from tokenfuse.micro.sample import write_clip
 from tokenfuse.micro.tasks import make_clip
@@ -94,8 +95,8 @@ def test_a_single_pixel_video(tmp_path):
 
 
 def test_a_video_that_a_model_is_shown_as_images_is_one_of_frames():
-    assert not inputs.frames_as_images({"pixel_values_videos": None, "pixel_values": None})
-    assert inputs.frames_as_images({"pixel_values": None})
+    assert not frames_as_images({"pixel_values_videos": None, "pixel_values": None})
+    assert frames_as_images({"pixel_values": None})
 
 
 def test_a_still_image_has_nothing_to_compare(tmp_path):
