@@ -12,9 +12,9 @@ import torch
 from tokenfuse import get_strategy
 from tokenfuse.bench.markdown import table
 from tokenfuse.compression import prompt_adapter
-from tokenfuse.inference.run import load
+from tokenfuse.inference.inputs import batch_inputs
+from tokenfuse.inference.load import load
 from tokenfuse.micro import INSTRUMENTS
-from tokenfuse.micro.evaluate import clip_inputs
 from tokenfuse.micro.questions import SUBTLE
 from tokenfuse.micro.strata import STRATA, make_stratum_clip
 from tokenfuse.registry import default_registry
@@ -74,7 +74,9 @@ def main() -> None:
             make_stratum_clip(stratum, seed, patches=PATCHES, measured=False)
             for seed in range(args.clips)
         ]
-        inputs = clip_inputs(processor, clips, [clip.question.text for clip in clips])
+        inputs = batch_inputs(
+            processor, [clip.video for clip in clips], [clip.question.text for clip in clips]
+        )
         with torch.no_grad():
             items = adapter.encode(inputs, {})[0].items
         camera = stratum.motion if stratum.motion == "still" else stratum.motion[:3]

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from tokenfuse import get_strategy
-from tokenfuse.bench.compare import generate
 from tokenfuse.bench.markdown import table
-from tokenfuse.bench.micro import LONGEST, texts
+from tokenfuse.bench.micro import LONGEST
 from tokenfuse.bench.retention.summary import COUNTED
 from tokenfuse.compression import compress_with, prompt_adapter
-from tokenfuse.inference.run import load
+from tokenfuse.inference.generate import answers
+from tokenfuse.inference.inputs import batch_inputs
+from tokenfuse.inference.load import load
 from tokenfuse.micro import INSTRUMENTS
-from tokenfuse.micro.evaluate import clip_inputs
 from tokenfuse.micro.motion import MOTIONS
 from tokenfuse.micro.questions import SUBTLE
 from tokenfuse.micro.strata import STRATA, Stratum, make_stratum_clip
@@ -59,8 +59,7 @@ def right(model, processor, adapter, clips, inputs, config):
     short = inputs
     if config is not None:
         short = compress_with(adapter, inputs, get_strategy(config), default_registry())
-    ids, _ = generate(model, short, LONGEST)
-    given = texts(processor, ids)
+    given = answers(model, processor, short, max_new_tokens=LONGEST)
     return np.mean([a == clip.question.answer for a, clip in zip(given, clips, strict=True)])
 
 
@@ -72,7 +71,6 @@ def main() -> None:
     models = {}
     for name, folder in INSTRUMENTS.items():
         model, processor = load(folder)
-        processor.tokenizer.padding_side = "left"
         models[name] = model, processor, prompt_adapter(model, default_registry())
     rows = []
     for task in SUBTLE:
@@ -91,7 +89,11 @@ def main() -> None:
             ]
             found = []
             for model, processor, adapter in models.values():
-                inputs = clip_inputs(processor, clips, [clip.question.text for clip in clips])
+                inputs = batch_inputs(
+                    processor,
+                    [clip.video for clip in clips],
+                    [clip.question.text for clip in clips],
+                )
                 whole = right(model, processor, adapter, clips, inputs, None)
                 row = [f"{100 * whole:.0f}"]
                 for config in SETTINGS.values():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from tokenfuse.bench.candidates import CONTROLS
 from tokenfuse.bench.markdown import NONE, table
 from tokenfuse.bench.micro import Benchmark, Score, interval
-from tokenfuse.micro.evaluate import PATCHES
+from tokenfuse.micro.tasks import HELD_OUT_PATCHES
 
 PAGE = """\
 # Strategies on the micro model
@@ -89,8 +89,8 @@ def page(result: Benchmark, picture: str, command: str) -> str:
         model="the micro Qwen3-VL that the package ships" if own else result.model,
         questions=result.questions,
         tasks=len(plain.tasks),
-        first=PATCHES[0],
-        last=PATCHES[-1],
+        first=HELD_OUT_PATCHES[0],
+        last=HELD_OUT_PATCHES[-1],
         controls=", ".join(f"`{name}`" for name in CONTROLS),
         picture=picture,
         total=plain.total.questions,
