@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from tokenfuse import get_strategy
+from tokenfuse.bench.markdown import table
 from tokenfuse.compression import prompt_adapter
-from tokenfuse.inference.run import load
+from tokenfuse.inference.inputs import batch_inputs
+from tokenfuse.inference.load import load
 from tokenfuse.micro import INSTRUMENTS
-from tokenfuse.micro.evaluate import clip_inputs
 from tokenfuse.micro.questions import SUBTLE
 from tokenfuse.micro.strata import STRATA, make_stratum_clip
 from tokenfuse.registry import default_registry
@@ -67,17 +68,15 @@ def main() -> None:
         name: get_strategy({**config, "keep_ratio": args.keep_ratio})
         for name, config in SETTINGS.items()
     }
-    lines = [
-        "| setting | task | still | pan | cut, flicker |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
     found = {(name, task): {} for name in chosen for task in SUBTLE}
     for stratum in (s for s in STRATA if s.task in SUBTLE):
         clips = [
             make_stratum_clip(stratum, seed, patches=PATCHES, measured=False)
             for seed in range(args.clips)
         ]
-        inputs = clip_inputs(processor, clips, [clip.question.text for clip in clips])
+        inputs = batch_inputs(
+            processor, [clip.video for clip in clips], [clip.question.text for clip in clips]
+        )
         with torch.no_grad():
             items = adapter.encode(inputs, {})[0].items
         camera = stratum.motion if stratum.motion == "still" else stratum.motion[:3]
@@ -87,14 +86,15 @@ def main() -> None:
                 kept = strategy.plan(item).keep_mask.numpy() & decisive
                 share = kept.sum() / decisive.sum()
                 found[name, stratum.task].setdefault(camera, []).append(share)
+    rows = []
     for task in SUBTLE:
         for name in chosen:
             by = found[name, task]
             cells = [np.array(x) for x in (by["still"], by["pan"], by["cut"] + by["fli"])]
             shown = [f"{100 * (x > 0).mean():.0f} ({100 * x.mean():.0f})" for x in cells]
-            lines.append(f"| {name} | {task} | {' | '.join(shown)} |")
-    table = "\n".join(lines) + "\n"
-    print(PAGE.format(clips=args.clips, keep=args.keep_ratio, table=table), end="")
+            rows.append([name, task, *shown])
+    found = table(["setting", "task", "still", "pan", "cut, flicker"], rows, left=2)
+    print(PAGE.format(clips=args.clips, keep=args.keep_ratio, table=found), end="")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 
 from tokenfuse import get_strategy
-from tokenfuse.bench.compare import generate
-from tokenfuse.bench.micro import LONGEST, texts
+from tokenfuse.bench.markdown import table
+from tokenfuse.bench.micro import LONGEST
 from tokenfuse.compression import compress_with, prompt_adapter
-from tokenfuse.inference.run import load
+from tokenfuse.inference.generate import answers
+from tokenfuse.inference.inputs import batch_inputs
+from tokenfuse.inference.load import load
 from tokenfuse.micro import INSTRUMENTS
-from tokenfuse.micro.evaluate import clip_inputs
 from tokenfuse.micro.motion import MOTIONS
 from tokenfuse.micro.strata import STRATA, make_stratum_clip
 from tokenfuse.registry import default_registry
@@ -81,19 +82,20 @@ def main() -> None:
     found = {}
     for name, folder in INSTRUMENTS.items():
         model, processor = load(folder)
-        processor.tokenizer.padding_side = "left"
         adapter = prompt_adapter(model, default_registry())
         for clips in batches:
-            inputs = clip_inputs(processor, clips, [clip.question.text for clip in clips])
+            inputs = batch_inputs(
+                processor, [clip.video for clip in clips], [clip.question.text for clip in clips]
+            )
             for label, config in SETTINGS.items():
                 short = inputs
                 if config is not None:
                     short = compress_with(adapter, inputs, get_strategy(config), default_registry())
-                given = texts(processor, generate(model, short, LONGEST)[0])
+                given = answers(model, processor, short, max_new_tokens=LONGEST)
                 found.setdefault((label, name), []).extend(
                     a == clip.question.answer for a, clip in zip(given, clips, strict=True)
                 )
-    lines = ["| setting | stays in the picture | crosses an edge |", "| --- | ---: | ---: |"]
+    rows = []
     for label in SETTINGS:
         cells = [
             " / ".join(
@@ -101,13 +103,13 @@ def main() -> None:
             )
             for where in (~crossing, crossing)
         ]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        rows.append([label, *cells])
     print(
         PAGE.format(
             clips=args.clips,
             strata=len(strata),
             crossing=int(crossing.sum()),
-            table="\n".join(lines) + "\n",
+            table=table(["setting", "stays in the picture", "crosses an edge"], rows),
         ),
         end="",
     )

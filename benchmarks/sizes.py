@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from tokenfuse import get_strategy
-from tokenfuse.bench.compare import generate
-from tokenfuse.bench.micro import LONGEST, texts
+from tokenfuse.bench.markdown import table
+from tokenfuse.bench.micro import LONGEST
 from tokenfuse.bench.retention.summary import COUNTED
 from tokenfuse.compression import compress_with, prompt_adapter
-from tokenfuse.inference.run import load
+from tokenfuse.inference.generate import answers
+from tokenfuse.inference.inputs import batch_inputs
+from tokenfuse.inference.load import load
 from tokenfuse.micro import INSTRUMENTS
-from tokenfuse.micro.evaluate import clip_inputs
 from tokenfuse.micro.motion import MOTIONS
 from tokenfuse.micro.questions import SUBTLE
 from tokenfuse.micro.strata import STRATA, Stratum, make_stratum_clip
@@ -58,8 +59,7 @@ def right(model, processor, adapter, clips, inputs, config):
     short = inputs
     if config is not None:
         short = compress_with(adapter, inputs, get_strategy(config), default_registry())
-    ids, _ = generate(model, short, LONGEST)
-    given = texts(processor, ids)
+    given = answers(model, processor, short, max_new_tokens=LONGEST)
     return np.mean([a == clip.question.answer for a, clip in zip(given, clips, strict=True)])
 
 
@@ -71,12 +71,8 @@ def main() -> None:
     models = {}
     for name, folder in INSTRUMENTS.items():
         model, processor = load(folder)
-        processor.tokenizer.padding_side = "left"
         models[name] = model, processor, prompt_adapter(model, default_registry())
-    lines = [
-        f"| task | size | uncompressed | {' | '.join(SETTINGS)} |",
-        "| --- | ---: |" + " ---: |" * (1 + len(SETTINGS)),
-    ]
+    rows = []
     for task in SUBTLE:
         strata = [s for s in STRATA if s.task == task]
         for size in SIZES[task]:
@@ -93,7 +89,11 @@ def main() -> None:
             ]
             found = []
             for model, processor, adapter in models.values():
-                inputs = clip_inputs(processor, clips, [clip.question.text for clip in clips])
+                inputs = batch_inputs(
+                    processor,
+                    [clip.video for clip in clips],
+                    [clip.question.text for clip in clips],
+                )
                 whole = right(model, processor, adapter, clips, inputs, None)
                 row = [f"{100 * whole:.0f}"]
                 for config in SETTINGS.values():
@@ -102,9 +102,9 @@ def main() -> None:
                 found.append(row)
             cells = [" / ".join(pair) for pair in zip(*found, strict=True)]
             unit = UNITS.get(task, "pixels")
-            lines.append(f"| {task} | {size:g} {unit} | {' | '.join(cells)} |")
-    table = "\n".join(lines) + "\n"
-    print(PAGE.format(clips=args.clips, counted=COUNTED, table=table), end="")
+            rows.append([task, f"{size:g} {unit}", *cells])
+    shown = table(["task", "size", "uncompressed", *SETTINGS], rows)
+    print(PAGE.format(clips=args.clips, counted=COUNTED, table=shown), end="")
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ from dataclasses import replace
 import torch
 
 from tokenfuse import get_strategy
-from tokenfuse.bench.compare import generate
-from tokenfuse.bench.micro import LONGEST, encoding_once, texts
+from tokenfuse.bench.markdown import table
+from tokenfuse.bench.micro import LONGEST, encoding_once
 from tokenfuse.bench.retention.plan import Plan
 from tokenfuse.compression import compress_with, plan_items, prompt_adapter
-from tokenfuse.inference.run import load
+from tokenfuse.inference.generate import answers
+from tokenfuse.inference.inputs import batch_inputs
+from tokenfuse.inference.load import load
 from tokenfuse.micro import INSTRUMENTS
-from tokenfuse.micro.evaluate import clip_inputs
 from tokenfuse.micro.strata import make_stratum_clip
 from tokenfuse.registry import default_registry
 
@@ -93,14 +94,14 @@ def given(model, processor, adapter, inputs, config, form):
     if form.endswith("written out"):
         long, owners = written_out(adapter, inputs, get_strategy(config))
         with owned(model, owners) if form.startswith("keys") else nullcontext():
-            return texts(processor, generate(model, long, LONGEST)[0])
+            return answers(model, processor, long, max_new_tokens=LONGEST)
     attention = "plain" if form == "short" else "proportional"
     strategy = get_strategy(config | {"attention": attention})
     short = compress_with(adapter, inputs, strategy, default_registry())
     if form == "everywhere":
         first = torch.zeros_like(short.shares.first_query)
         short.shares = replace(short.shares, first_query=first)
-    return texts(processor, generate(model, short, LONGEST)[0])
+    return answers(model, processor, short, max_new_tokens=LONGEST)
 
 
 @torch.no_grad()
@@ -113,24 +114,25 @@ def main() -> None:
     right = {}
     for model_name, folder in INSTRUMENTS.items():
         model, processor = load(folder)
-        processor.tokenizer.padding_side = "left"
         for task in plan.tasks:
             clips = [
                 make_stratum_clip(stratum, seed, patches=plan.patches, measured=False)
                 for stratum in plan.strata(task)
                 for seed in plan.seeds(stratum)
             ]
-            inputs = clip_inputs(processor, clips, [clip.question.text for clip in clips])
+            inputs = batch_inputs(
+                processor, [clip.video for clip in clips], [clip.question.text for clip in clips]
+            )
             adapter = encoding_once(prompt_adapter(model, default_registry()))
-            answers = {
-                "uncompressed": texts(processor, generate(model, inputs, LONGEST)[0]),
+            found = {
+                "uncompressed": answers(model, processor, inputs, max_new_tokens=LONGEST),
                 **{
                     (label, form): given(model, processor, adapter, inputs, config, form)
                     for label, config in SETTINGS.items()
                     for form in FORMS
                 },
             }
-            for key, said in answers.items():
+            for key, said in found.items():
                 right[key, model_name, task] = [
                     a == clip.question.answer for a, clip in zip(said, clips, strict=True)
                 ]
@@ -144,15 +146,10 @@ def main() -> None:
 
     tables = []
     for label in SETTINGS:
-        lines = [
-            f"## {label}\n",
-            f"| task | uncompressed | {' | '.join(FORMS)} |",
-            "| --- |" + " ---: |" * (1 + len(FORMS)),
-        ]
         keys = ["uncompressed", *((label, form) for form in FORMS)]
-        for row, tasks in [*((task, [task]) for task in plan.tasks), ("all", plan.tasks)]:
-            lines.append(f"| {row} | {' | '.join(cell(key, *tasks) for key in keys)} |")
-        tables.append("\n".join(lines) + "\n")
+        groups = [*((task, [task]) for task in plan.tasks), ("all", plan.tasks)]
+        rows = [[name, *(cell(key, *tasks) for key in keys)] for name, tasks in groups]
+        tables.append(f"## {label}\n\n" + table(["task", "uncompressed", *FORMS], rows))
     print(PAGE.format(tables="\n".join(tables), questions=args.questions), end="")
 
 

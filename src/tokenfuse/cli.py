@@ -64,13 +64,13 @@ def run(
     with _errors():
         # Heavy imports only where a model runs.
         from tokenfuse.config import get_strategy
-        from tokenfuse.inference import run as inference
+        from tokenfuse.inference.run import run as run_once
         from tokenfuse.micro import CHECKPOINT, SAMPLE, SAMPLE_QUESTION
 
         chosen = get_strategy(strategy, **_overrides(options or []))
         _quiet()
         with _err.status("starting") as status:
-            result = inference.run(
+            result = run_once(
                 video or SAMPLE,
                 question or (SAMPLE_QUESTION if video is None else "What happens in the video?"),
                 chosen,

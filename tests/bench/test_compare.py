@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import ClassVar
 
@@ -22,10 +23,14 @@ from tokenfuse.bench.micro import Benchmark, TaskScore, benchmark, interval
 from tokenfuse.cli import app
 from tokenfuse.config import get_strategy
 from tokenfuse.errors import ConfigError, UnknownNameError
-from tokenfuse.inference.run import load
-from tokenfuse.micro import SAMPLE, SAMPLE_QUESTION
-from tokenfuse.micro.evaluate import answers, held_out
+from tokenfuse.inference import run as inference_run
+from tokenfuse.inference.generate import answers
+from tokenfuse.inference.inputs import video_inputs
+from tokenfuse.inference.load import load
+from tokenfuse.micro import CHECKPOINT, SAMPLE, SAMPLE_QUESTION
+from tokenfuse.micro.tasks import held_out
 from tokenfuse.registry import Registry
+from tokenfuse.sessions.attach import attach
 from tokenfuse.strategies._base import Budgeted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,7 +89,7 @@ def found():
 
 @pytest.fixture(scope="module")
 def model():
-    return load()[0]
+    return load(CHECKPOINT)[0]
 
 
 def run(*arguments):
@@ -178,8 +183,10 @@ def test_the_uncompressed_row_comes_first_and_the_others_are_held_against_it():
 
 
 def test_a_strategy_that_fails_has_a_reason_and_leaves_the_others_alone(monkeypatch, found):
-    monkeypatch.setattr(video, "registry", lambda: found)
-    result = video.compare(SAMPLE, SAMPLE_QUESTION, ["faulty", "uniform"], [0.5], repeats=1)
+    monkeypatch.setattr(video, "default_registry", lambda: found)
+    result = video.compare(
+        SAMPLE, SAMPLE_QUESTION, ["faulty", "uniform"], [0.5], source=CHECKPOINT, repeats=1
+    )
     plain, faulty, uniform = result.rows
     assert faulty.reason == "ZeroDivisionError: one part of nothing"
     assert faulty.answer is faulty.kl is faulty.ttft_ms is None
@@ -205,23 +212,32 @@ def test_the_table_for_people_has_every_row():
 # The micro model's tasks
 
 
-def test_scores_are_what_the_models_own_evaluation_finds(model):
-    processor = load()[1]
+def test_scores_are_those_of_questions_asked_one_by_one(model):
+    processor = load(CHECKPOINT)[1]
+
+    def ask_each(asked, strategy=None):
+        given, left = [], 0
+        for clip, question in asked:
+            inputs = video_inputs(processor, clip.video, question.text)
+            with attach(model, strategy) if strategy else nullcontext() as session:
+                given += answers(model, processor, inputs, max_new_tokens=micro.LONGEST)
+            left += session.report.tokens_after if session else 0
+        return given, left
+
     result = benchmark(5, ["ttf", "uniform"], [0.25], tasks=("shape", "flash"))
     plain, *others = result.scores
     for task in ("shape", "flash"):
         asked = held_out(task, 5)
         expected = [question.answer for _, question in asked]
-        uncompressed, _ = answers(model, processor, asked)
+        uncompressed, _ = ask_each(asked)
         assert plain.tasks[task].right == sum(map(str.__eq__, uncompressed, expected))
         for score in others:
-            strategy = get_strategy(score.strategy, keep_ratio=0.25)
-            given, removed = answers(model, processor, asked, strategy)
+            given, left = ask_each(asked, get_strategy(score.strategy, keep_ratio=0.25))
             counts = score.tasks[task]
             assert counts.questions == 5
             assert counts.right == sum(map(str.__eq__, given, expected))
             assert counts.same == sum(map(str.__eq__, given, uncompressed))
-            assert counts.tokens_after / counts.tokens_before == pytest.approx(1 - removed)
+            assert counts.tokens_after == left
             assert counts.kl > 0
     assert plain.agreement == 1
     assert plain.kl == 0
@@ -257,7 +273,7 @@ def test_the_vision_tower_sees_a_clip_once_for_all_that_want_the_same(monkeypatc
 
 
 def test_a_strategy_that_fails_on_a_task_has_a_reason(monkeypatch, found):
-    monkeypatch.setattr(micro, "registry", lambda: found)
+    monkeypatch.setattr(micro, "default_registry", lambda: found)
     _, faulty, uniform = benchmark(1, ["faulty", "uniform"], [0.5], tasks=("color",)).scores
     assert faulty.reason == "ZeroDivisionError: one part of nothing"
     assert faulty.accuracy is faulty.kept is None
@@ -432,7 +448,7 @@ def no_model(*_):
 def test_what_is_wrong_is_said_before_anything_runs(arguments, message, monkeypatch):
     if "--plot" in arguments:
         pytest.importorskip("matplotlib")
-    monkeypatch.setattr(video, "load", no_model)
+    monkeypatch.setattr(inference_run, "load", no_model)
     monkeypatch.setattr(micro, "load", no_model)
     result = cli.invoke(app, ["compare", *arguments, "--json"])
     assert result.exit_code == 2
@@ -443,10 +459,10 @@ def test_what_is_wrong_is_said_before_anything_runs(arguments, message, monkeypa
 @pytest.mark.parametrize("option", [[], ["--micro", "1"]])
 def test_a_model_of_images_is_refused_by_name(monkeypatch, option):
     class ImageProcessor:
-        tokenizer = load()[1].tokenizer
+        tokenizer = load(CHECKPOINT)[1].tokenizer
 
-    for place in (video, micro):
-        monkeypatch.setattr(place, "load", lambda _: (load()[0], ImageProcessor()))
+    for place in (inference_run, micro):
+        monkeypatch.setattr(place, "load", lambda _: (load(CHECKPOINT)[0], ImageProcessor()))
     result = cli.invoke(app, ["compare", "--strategies", "uniform", *option])
     assert result.exit_code == 2
     assert "ImageProcessor, which takes no video" in result.stderr
@@ -454,7 +470,7 @@ def test_a_model_of_images_is_refused_by_name(monkeypatch, option):
 
 def test_a_folder_is_no_file_to_write(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(video, "load", no_model)
+    monkeypatch.setattr(inference_run, "load", no_model)
     monkeypatch.setattr(micro, "load", no_model)
     for end in (".json", ".md", ".png"):
         (tmp_path / f"scores{end}").mkdir()

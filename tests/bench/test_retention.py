@@ -21,7 +21,7 @@ from tokenfuse.bench.retention.run import retention
 from tokenfuse.bench.retention.summary import Summary, in_group, in_stratum
 from tokenfuse.cli import app
 from tokenfuse.errors import ConfigError
-from tokenfuse.inference.run import load
+from tokenfuse.inference.load import load
 from tokenfuse.micro import INSTRUMENTS
 from tokenfuse.registry import default_registry
 

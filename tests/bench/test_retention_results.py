@@ -11,7 +11,7 @@ from tokenfuse.bench.retention.ask import ask, fingerprint
 from tokenfuse.bench.retention.plan import BLIND, UNCOMPRESSED, UNDECIDED, read_plan, settings
 from tokenfuse.bench.retention.records import Records
 from tokenfuse.bench.retention.summary import COUNTED, Summary, chance
-from tokenfuse.inference.run import load
+from tokenfuse.inference.load import load
 from tokenfuse.micro import INSTRUMENTS
 from tokenfuse.micro.questions import PLAIN, SUBTLE
 from tokenfuse.registry import default_registry

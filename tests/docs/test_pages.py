@@ -10,9 +10,9 @@ import torch
 
 import tokenfuse
 from tokenfuse.inference.inputs import video_inputs
-from tokenfuse.inference.run import load
+from tokenfuse.inference.load import load
 from tokenfuse.inference.video import read_video
-from tokenfuse.micro import SAMPLE, SAMPLE_QUESTION
+from tokenfuse.micro import CHECKPOINT, SAMPLE, SAMPLE_QUESTION
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
@@ -32,7 +32,7 @@ def test_python_in_the_pages_runs(page, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
     assert blocks
     monkeypatch.chdir(ROOT)
-    model, processor = load()
+    model, processor = load(CHECKPOINT)
     names = {
         "tokenfuse": tokenfuse,
         "model": model,

@@ -13,8 +13,10 @@ import tokenfuse
 from tokenfuse.bench.compare import compare
 from tokenfuse.cli import app
 from tokenfuse.errors import ConfigError
-from tokenfuse.inference import run as inference
-from tokenfuse.micro import SAMPLE
+from tokenfuse.inference import run as inference_run
+from tokenfuse.inference.inputs import frames_as_images
+from tokenfuse.inference.run import run as run_once
+from tokenfuse.micro import CHECKPOINT, SAMPLE
 from tokenfuse.micro.sample import write_clip
 from tokenfuse.micro.tasks import make_clip
 
@@ -94,8 +96,8 @@ def test_a_single_pixel_video(tmp_path):
 
 
 def test_a_video_that_a_model_is_shown_as_images_is_one_of_frames():
-    assert not inputs.frames_as_images({"pixel_values_videos": None, "pixel_values": None})
-    assert inputs.frames_as_images({"pixel_values": None})
+    assert not frames_as_images({"pixel_values_videos": None, "pixel_values": None})
+    assert frames_as_images({"pixel_values": None})
 
 
 def test_a_still_image_has_nothing_to_compare(tmp_path):
@@ -161,7 +163,7 @@ def test_a_model_of_images_is_refused_before_it_answers(monkeypatch):
     class ImageProcessor:
         """It has no video_processor."""
 
-    monkeypatch.setattr(inference, "load", lambda _: (None, ImageProcessor()))
+    monkeypatch.setattr(inference_run, "load", lambda _: (None, ImageProcessor()))
     result = cli.invoke(app, ["run"])
     assert result.exit_code == 2
     assert "ImageProcessor, which takes no video" in result.stderr
@@ -171,6 +173,6 @@ def test_a_model_of_images_is_refused_before_it_answers(monkeypatch):
 def test_no_timing_has_no_median(repeats):
     uniform = tokenfuse.get_strategy("uniform")
     with pytest.raises(ConfigError, match=f"repeats is {repeats}; expected"):
-        inference.run(SAMPLE, "What?", uniform, repeats=repeats)
+        run_once(SAMPLE, "What?", uniform, source=CHECKPOINT, repeats=repeats)
     with pytest.raises(ConfigError, match=f"repeats is {repeats}; expected"):
-        compare(SAMPLE, "What?", ["uniform"], repeats=repeats)
+        compare(SAMPLE, "What?", ["uniform"], source=CHECKPOINT, repeats=repeats)

@@ -17,7 +17,7 @@ import pytest
 import tokenfuse
 from tokenfuse.errors import ConfigError, UnknownNameError
 from tokenfuse.inference.inputs import video_inputs
-from tokenfuse.inference.run import load
+from tokenfuse.inference.load import load
 from tokenfuse.inference.video import read_video
 from tokenfuse.integrations import lmms_eval
 from tokenfuse.integrations.lmms_eval import Measured, compressing, split_args

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tokenfuse.adapters._base import PIXELS
 from tokenfuse.adapters._spans import Span
 from tokenfuse.adapters.llava import Llava
 from tokenfuse.errors import PromptError
+from tokenfuse.prompt.inputs import PIXELS
 from tokenfuse.tokens import Modality
 
 FORMER = "pixel_values_images"

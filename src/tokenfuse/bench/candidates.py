@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict
 
 from tokenfuse.adapters._base import Adapter
 from tokenfuse.compression import refuse_unmet_needs
@@ -19,10 +22,10 @@ CONTROLS = ("uniform", "random", "frame_subsample")
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One row of a comparison: a strategy at a ratio, or the reason why there is none."""
+    """What takes part in a comparison: a strategy at a ratio, or the reason why it cannot."""
 
     label: str
-    keep_ratio: float
+    keep_ratio: float | None
     strategy: Strategy | None
     reason: str | None = None
 
@@ -31,8 +34,34 @@ class Candidate:
         return f"with {self.label} at {self.keep_ratio:g}" if self.strategy else self.label
 
 
-UNCOMPRESSED = Candidate("uncompressed", 1.0, None)
-"""The row that all others are held against."""
+UNCOMPRESSED = Candidate("uncompressed", None, None)
+"""What all others are held against."""
+
+
+class Row(BaseModel):
+    """What came of one candidate: of a strategy at a ratio, or uncompressed, without either.
+
+    ``keep_ratio`` is what was asked for. Where a strategy could not run there is only the
+    ``reason``.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    strategy: str
+    keep_ratio: float | None = None
+    options: dict[str, Any] | None = None
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, candidate: Candidate, **figures: Any) -> Self:
+        """The row of a candidate, with its figures."""
+        values = {
+            "strategy": candidate.label,
+            "keep_ratio": candidate.keep_ratio,
+            "options": candidate.strategy.describe() if candidate.strategy else None,
+            "reason": candidate.reason,
+        }
+        return cls(**(values | figures))
 
 
 def candidates(

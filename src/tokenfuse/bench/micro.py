@@ -1,6 +1,6 @@
 """Accuracy of every strategy on the micro model's tasks.
 
-The clips and questions are those of ``tokenfuse.micro.evaluate``. The vision tower sees each clip
+Clips and questions are those of ``tokenfuse.micro.tasks.held_out``. The vision tower sees each clip
 once for all strategies that want the same of it: without that it would take most of the time.
 """
 
@@ -15,20 +15,20 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 
 from tokenfuse.adapters._base import Adapter, Encoded
-from tokenfuse.bench.candidates import UNCOMPRESSED, Candidate, candidates
-from tokenfuse.bench.compare import divergence, generate, why
+from tokenfuse.bench.candidates import UNCOMPRESSED, Candidate, Row, candidates
+from tokenfuse.bench.compare import divergence, why
 from tokenfuse.compression import compress_with, prompt_adapter
 from tokenfuse.costs import versions
 from tokenfuse.errors import ConfigError
-from tokenfuse.inference.inputs import refuse_images_only
-from tokenfuse.inference.run import Say, load
+from tokenfuse.inference.generate import decode, generate
+from tokenfuse.inference.inputs import batch_inputs, refuse_images_only
+from tokenfuse.inference.load import load
+from tokenfuse.inference.measure import Say
 from tokenfuse.micro import CHECKPOINT
-from tokenfuse.micro.evaluate import clip_inputs, held_out
-from tokenfuse.micro.tasks import TASKS, Clip, Question, Task
+from tokenfuse.micro.tasks import TASKS, Clip, Question, Task, held_out
 from tokenfuse.registry import Registry, default_registry
 from tokenfuse.strategies._base import Wants
 from tokenfuse.tokens import Modality
@@ -60,20 +60,14 @@ class TaskScore(BaseModel):
         return TaskScore(**{name: mine[name] + more[name] for name in mine})
 
 
-class Score(BaseModel):
-    """One strategy at one ratio, or the uncompressed model, which has neither.
+class Score(Row):
+    """The answers of one candidate to the questions of every task.
 
-    ``keep_ratio`` is what was asked for, ``kept`` the share that survived; ``kl`` and ``plan_ms``
-    are means over the questions. Where a strategy could not run there is only the ``reason``.
+    ``kept`` is the share of tokens that survived; ``kl`` and ``plan_ms`` are means over the
+    questions.
     """
 
-    model_config = ConfigDict(frozen=True)
-
-    strategy: str
-    keep_ratio: float | None = None
-    options: dict[str, Any] | None = None
-    reason: str | None = None
-    tasks: dict[Task, TaskScore] = {}
+    tasks: dict[Task, TaskScore] = Field(default_factory=dict)
 
     @property
     def total(self) -> TaskScore:
@@ -153,8 +147,6 @@ def benchmark(
     say("loading the model")
     model, processor = load(source)
     refuse_images_only(processor)
-    # Answers follow their prompts; many tokenizers pad as for training.
-    processor.tokenizer.padding_side = "left"
     chosen = candidates(names, ratios, prompt_adapter(model, registry), registry)
     result = Benchmark(
         # A path of this machine means nothing elsewhere.
@@ -240,13 +232,7 @@ def _read(path: Path, settings: Mapping[str, Any]) -> list[Score]:
 
 def _resume(candidate: Candidate, known: Sequence[Score]) -> Score:
     """The score that the file has of a candidate, or an empty one."""
-    strategy = candidate.strategy
-    fresh = Score(
-        strategy=candidate.label,
-        keep_ratio=None if candidate is UNCOMPRESSED else candidate.keep_ratio,
-        options=strategy.describe() if strategy else None,
-        reason=candidate.reason,
-    )
+    fresh = Score.of(candidate)
     held = next((score for score in known if _key(score) == _key(fresh)), None)
     # Options may have changed since, and a reason may be gone.
     return held if held and held.options == fresh.options and not held.reason else fresh
@@ -278,11 +264,12 @@ def _ask(
     registry: Registry,
 ) -> dict[Candidate, TaskScore | str]:
     """What each candidate scores on one batch, or why it cannot."""
-    inputs = clip_inputs(processor, [c for c, _ in group], [q.text for _, q in group])
+    videos, questions = [clip.video for clip, _ in group], [question for _, question in group]
+    inputs = batch_inputs(processor, videos, [question.text for question in questions])
     inputs = inputs.to(model.device)
-    expected = [question.answer for _, question in group]
-    ids, reference = generate(model, inputs, LONGEST)
-    plain = texts(processor, ids)
+    expected = [question.answer for question in questions]
+    ids, reference = generate(model, inputs, max_new_tokens=LONGEST)
+    plain = decode(processor, ids)
     adapter = encoding_once(prompt_adapter(model, registry))
     scores: dict[Candidate, TaskScore | str] = {}
     for candidate in chosen:
@@ -291,11 +278,11 @@ def _ask(
             continue
         try:
             short = compress_with(adapter, inputs, candidate.strategy, registry)
-            ids, logits = generate(model, short, LONGEST)
+            ids, logits = generate(model, short, max_new_tokens=LONGEST)
         except Exception as error:
             scores[candidate] = why(error)
             continue
-        scores[candidate] = _score(texts(processor, ids), plain, expected).model_copy(
+        scores[candidate] = _score(decode(processor, ids), plain, expected).model_copy(
             update={
                 "kl": float(divergence(reference, logits).sum()),
                 "tokens_before": short.report.tokens_before,
@@ -312,11 +299,6 @@ def _score(given: Sequence[str], plain: Sequence[str], expected: Sequence[str]) 
         right=sum(map(str.__eq__, given, expected)),
         same=sum(map(str.__eq__, given, plain)),
     )
-
-
-def texts(processor: Any, ids: Tensor) -> list[str]:
-    """Answers ``(B, A)`` as text, without special tokens and the white space around."""
-    return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
 
 def encoding_once(adapter: Adapter) -> Adapter:

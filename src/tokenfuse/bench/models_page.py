@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenfuse.bench.markdown import table
+
 HEAD = """\
 # Supported models
 
@@ -55,11 +57,9 @@ def page(recorded: Mapping[str, Mapping[str, Any]]) -> str:
     """The page, from what was recorded: by version of transformers, then by family."""
     versions = sorted(recorded, key=_number, reverse=True)
     newest = recorded[versions[0]]
-    rows = [
-        ["family", "class", "adapter", "shows", "rope", "DeepStack", "saliency", "batch"]
-        + [f"transformers {version}" for version in versions]
-    ]
-    rows.append(["---"] * len(rows[0]))
+    columns = ["family", "class", "adapter", "shows", "rope", "DeepStack", "saliency", "batch"]
+    columns += [f"transformers {version}" for version in versions]
+    rows = []
     for name, entry in sorted(newest.items()):
         shown = ", ".join(f"{modality}s" for modality in entry["modalities"])
         results = [_result(recorded[version].get(name)) for version in versions]
@@ -76,8 +76,7 @@ def page(recorded: Mapping[str, Mapping[str, Any]]) -> str:
                 *results,
             ]
         )
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    return HEAD + table + TAIL
+    return HEAD + table(columns, rows, left=len(columns)) + TAIL
 
 
 def _number(version: str) -> tuple[int, ...]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from tokenfuse.bench.candidates import CONTROLS
+from tokenfuse.bench.markdown import NONE, table
 from tokenfuse.bench.micro import Benchmark, Score, interval
-from tokenfuse.micro.evaluate import PATCHES
-
-NONE = "–"
+from tokenfuse.micro.tasks import HELD_OUT_PATCHES
 
 PAGE = """\
 # Strategies on the micro model
@@ -76,22 +75,22 @@ def page(result: Benchmark, picture: str, command: str) -> str:
             [_name(name), *(_cell(found.get((name, ratio)), cell) for ratio in ratios)]
             for name in names
         )
-        return _table(["strategy", *(f"keep {ratio:g}" for ratio in ratios)], rows)
+        return table(["strategy", *(f"keep {ratio:g}" for ratio in ratios)], rows)
 
     by_task = ""
     for ratio in ratios:
         rows = [("uncompressed", plain)]
         rows += [(_name(name), found[name, ratio]) for name in names if (name, ratio) in found]
         cells = ([name, *(_right(score, task) for task in plain.tasks)] for name, score in rows)
-        by_task += f"### keep {ratio:g}\n\n{_table(['strategy', *plain.tasks], cells)}\n"
+        by_task += f"### keep {ratio:g}\n\n{table(['strategy', *plain.tasks], cells)}\n"
     low, high = interval(result.questions // 2, 2 * (result.questions // 2) or 1)
     own = result.model == "tokenfuse.micro"
     return PAGE.format(
         model="the micro Qwen3-VL that the package ships" if own else result.model,
         questions=result.questions,
         tasks=len(plain.tasks),
-        first=PATCHES[0],
-        last=PATCHES[-1],
+        first=HELD_OUT_PATCHES[0],
+        last=HELD_OUT_PATCHES[-1],
         controls=", ".join(f"`{name}`" for name in CONTROLS),
         picture=picture,
         total=plain.total.questions,
@@ -145,8 +144,3 @@ def _name(name: str) -> str:
 
 def _cell(score: Score | None, text: Callable[[Score], str]) -> str:
     return NONE if score is None else text(score)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) - 1)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"

@@ -13,13 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokenfuse.bench import plot
-from tokenfuse.bench.candidates import CONTROLS, UNCOMPRESSED
-from tokenfuse.bench.compare import Comparison, Row, compare
-from tokenfuse.bench.micro import Benchmark, Score, benchmark, write
+from tokenfuse.bench.candidates import CONTROLS, UNCOMPRESSED, Row
+from tokenfuse.bench.compare import Comparison, compare
+from tokenfuse.bench.micro import Benchmark, benchmark, write
 from tokenfuse.bench.page import page
 from tokenfuse.costs import size
 from tokenfuse.errors import ConfigError
-from tokenfuse.inference.run import Say
+from tokenfuse.inference.measure import Say
 from tokenfuse.micro import CHECKPOINT, SAMPLE, SAMPLE_QUESTION
 
 NONE = "–"
@@ -223,7 +223,7 @@ def _print_table(out: Console, table: Table) -> None:
     Console(file=out.file, width=wide, highlight=False).print(table)
 
 
-def _print_reason(out: Console, row: Row | Score) -> None:
+def _print_reason(out: Console, row: Row) -> None:
     at = "" if row.keep_ratio is None else f" at {row.keep_ratio:g}"
     reason = escape(row.reason or "")
     out.print(f"[yellow]{escape(row.strategy)}{at}[/]: {reason}", soft_wrap=True)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from tokenfuse.bench.markdown import NONE, table
 from tokenfuse.config import get_strategy, presets
 from tokenfuse.errors import TokenFuseError
 from tokenfuse.registry import Registry
@@ -52,13 +53,13 @@ def page(registry: Registry | None = None) -> str:
         [
             f"[`{cls.name}`](#{cls.name})" + (" (experimental)" if cls.experimental else ""),
             ", ".join(f"`{stage}`" for stage in stages(cls)),
-            ", ".join(f"`{need}`" for need in sorted(cls.needs)) or "–",
-            _paper(cls) or "–",
-            _cell(_first_sentence(cls)),
+            ", ".join(f"`{need}`" for need in sorted(cls.needs)) or NONE,
+            _paper(cls) or NONE,
+            _first_sentence(cls),
         ]
         for cls in classes
     ]
-    parts = [HEAD, _table(["strategy", "stage", "needs", "paper", "what it does"], overview)]
+    parts = [HEAD, table(["strategy", "stage", "needs", "paper", "what it does"], overview, left=5)]
     parts += [_section(cls, files.get(cls.name, [])) for cls in classes]
     return "\n".join(parts)
 
@@ -69,9 +70,9 @@ def _section(cls: type[Strategy], files: Iterable[str]) -> str:
     rows = [
         [
             f"`{key}`",
-            _cell(_type(option, schema.get("$defs", {}))),
+            _type(option, schema.get("$defs", {})),
             "required" if key in needed else f"`{_value(option.get('default'))}`",
-            _cell(option.get("description", "")),
+            option.get("description", ""),
         ]
         for key, option in schema["properties"].items()
         if key not in Strategy.model_fields
@@ -86,7 +87,7 @@ def _section(cls: type[Strategy], files: Iterable[str]) -> str:
     lines = [f"## {cls.name}", "; ".join(facts) + ".", _prose(cls)]
     lines += [f"Presets: {shipped}."] if shipped else []
     if rows:
-        lines.append(_table(["option", "type", "default", "meaning"], rows))
+        lines.append(table(["option", "type", "default", "meaning"], rows, left=4))
     return "\n\n".join(lines)
 
 
@@ -131,15 +132,6 @@ def _value(value: Any) -> str:
     """A value as YAML has it."""
     words = {None: "null", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else str(value)
-
-
-def _cell(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "\\|")
-
-
-def _table(columns: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main() -> None:

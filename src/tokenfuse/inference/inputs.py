@@ -9,23 +9,41 @@ from tokenfuse.errors import UnsupportedModelError
 from tokenfuse.inference.video import Video
 from tokenfuse.prompt.inputs import PIXELS
 
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation as chat templates take it."""
+
 
 def video_inputs(processor: Any, video: Video, question: str) -> Any:
     """The processor's inputs for one question about one video, ready for ``generate``.
 
     Raises UnsupportedModelError where the processor takes no video.
     """
-    message = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}
-    return conversation_inputs(processor, [message], [video])
+    return batch_inputs(processor, [video], [question])
 
 
-def conversation_inputs(
-    processor: Any, messages: Sequence[Mapping[str, Any]], videos: Sequence[Video]
-) -> Any:
+def batch_inputs(processor: Any, videos: Sequence[Video], questions: Sequence[str]) -> Any:
+    """The processor's inputs for one question about each video, padded on the left.
+
+    Raises UnsupportedModelError where the processor takes no video, and ValueError unless there are
+    as many questions as videos.
+    """
+    conversations = [
+        [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
+        for _, question in zip(videos, questions, strict=True)
+    ]
+    return _inputs(processor, conversations, videos)
+
+
+def conversation_inputs(processor: Any, messages: Messages, videos: Sequence[Video]) -> Any:
     """The processor's inputs for a conversation, as chat templates take it, with its videos.
 
     Raises UnsupportedModelError where the processor takes no video.
     """
+    return _inputs(processor, [messages], videos)
+
+
+def _inputs(processor: Any, conversations: Sequence[Messages], videos: Sequence[Video]) -> Any:
+    """Inputs for conversations whose videos are given one after the other."""
     from transformers.video_utils import VideoMetadata
 
     refuse_images_only(processor)
@@ -43,13 +61,16 @@ def conversation_inputs(
                 total_num_frames=video.total_frames, fps=video.fps, frames_indices=indices
             )
         )
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+    # Answers follow their prompts, and many tokenizers pad as for training.
+    padding = {"padding": True, "padding_side": "left"} if len(conversations) > 1 else {}
     return processor(
-        text=[text],
+        text=text,
         videos=frames,
         video_metadata=metadata,
         do_sample_frames=False,
         return_tensors="pt",
+        **padding,
     )
 
 

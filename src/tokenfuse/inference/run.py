@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from tokenfuse.errors import ConfigError, UnsupportedModelError
-from tokenfuse.inference.inputs import frames_as_images, video_inputs
-from tokenfuse.inference.video import read_video
-from tokenfuse.micro import CHECKPOINT
+from tokenfuse.inference.inputs import video_inputs
+from tokenfuse.inference.load import load
+from tokenfuse.inference.measure import (
+    Measured,
+    Say,
+    check_repeats,
+    measure_answer,
+    measure_times,
+)
+from tokenfuse.inference.video import Video, read_video
 from tokenfuse.report import Report
-from tokenfuse.sessions.attach import attach
 from tokenfuse.strategies._base import Strategy
 
-Say = Callable[[str], None]
+
+class VideoQuestion(BaseModel):
+    """A question about a video, and the model that was asked.
+
+    ``frames`` were sampled from ``duration`` seconds. Times are medians of ``repeats`` timings.
+    ``note``: what one must know before believing the answers.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    video: str
+    frames: int
+    duration: float
+    question: str
+    model: str
+    device: str
+    dtype: str
+    repeats: int
+    note: str | None = None
 
 
 class Answer(BaseModel):
@@ -31,20 +51,13 @@ class Answer(BaseModel):
     ttft_ms: float
 
 
-class RunResult(BaseModel):
-    """One question about one video, answered by one model with and without compression."""
+class RunResult(VideoQuestion):
+    """The answer with compression and, unless it was left out, without.
 
-    model_config = ConfigDict(frozen=True)
+    ``timestamps``: when each frame is shown, in seconds.
+    """
 
-    video: str
-    frames: int
     timestamps: list[float]
-    duration: float
-    question: str
-    model: str
-    device: str
-    dtype: str
-    repeats: int
     compressed: Answer
     uncompressed: Answer | None
     report: Report
@@ -55,49 +68,48 @@ class RunResult(BaseModel):
         return None if self.uncompressed is None else self.uncompressed.text == self.compressed.text
 
 
-def load(source: str | Path = CHECKPOINT) -> tuple[Any, Any]:
-    """Model and processor from a folder or a hub id: on a GPU in bf16 where there is one.
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A model with a prompt for it; ``about``: the fields of VideoQuestion."""
 
-    Raises UnsupportedModelError where nothing can be loaded from ``source``.
+    model: Any
+    processor: Any
+    video: Video
+    inputs: Any
+    about: dict[str, Any]
+
+
+def prepare(
+    path: str | Path,
+    question: str,
+    source: str | Path,
+    *,
+    frames: int | None,
+    fps: float | None,
+    repeats: int,
+    say: Say,
+) -> Ready:
+    """Decode a video, load a model, and make the inputs for a question.
+
+    Raises VideoError, UnsupportedModelError or ConfigError.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    options: dict[str, Any] = {"dtype": "auto"}
-    if torch.cuda.is_available():
-        options = {"dtype": torch.bfloat16, "device_map": "auto"}
-    try:
-        processor = AutoProcessor.from_pretrained(source)
-        model = AutoModelForImageTextToText.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(
-            f"{source} cannot be loaded as an image-text-to-text model: {first}. Expected a folder "
-            "with a transformers checkpoint and its processor, or a hub id such as "
-            "Qwen/Qwen3-VL-8B-Instruct"
-        ) from error
-    return model.eval(), processor
-
-
-def check_repeats(repeats: int) -> None:
-    """Raise ConfigError for a number of timings that has no median."""
-    if repeats < 1:
-        raise ConfigError(f"repeats is {repeats}; expected a number of timings, 1 or more")
-
-
-def answer(model: Any, processor: Any, inputs: Mapping[str, Any], *, max_new_tokens: int) -> str:
-    """Greedy answer to the first row of ``inputs``."""
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    prompt = inputs["input_ids"].shape[1]
-    text: str = processor.batch_decode(ids[:, prompt:], skip_special_tokens=True)[0]
-    return text.strip()
-
-
-def first_token_ms(model: Any, inputs: Mapping[str, Any]) -> float:
-    """Milliseconds until ``generate`` has its first token, vision and compression included."""
-    began = time.perf_counter()
-    # Reading the token waits for a GPU to have it.
-    model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1].item()
-    return (time.perf_counter() - began) * 1e3
+    check_repeats(repeats)
+    say("decoding the video")
+    video = read_video(path, frames=frames, fps=fps)
+    say("loading the model")
+    model, processor = load(source)
+    inputs = video_inputs(processor, video, question).to(model.device)
+    about = {
+        "video": str(path),
+        "frames": len(video.frames),
+        "duration": video.duration,
+        "question": question,
+        "model": str(source),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "repeats": repeats,
+    }
+    return Ready(model, processor, video, inputs, about)
 
 
 def run(
@@ -105,7 +117,7 @@ def run(
     question: str,
     strategy: Strategy,
     *,
-    source: str | Path = CHECKPOINT,
+    source: str | Path,
     frames: int | None = None,
     fps: float | None = None,
     compare: bool = True,
@@ -115,49 +127,27 @@ def run(
 ) -> RunResult:
     """Decode a video and ask a model, with compression and, if ``compare``, without.
 
-    ``say`` hears of each step.
+    ``source``: the model's folder or hub id. ``frames`` or ``fps`` sample the video as for
+    ``read_video``. ``say`` hears of each step.
+
+    Raises VideoError, UnsupportedModelError, ConfigError or PromptError.
     """
-    check_repeats(repeats)
-    say("decoding the video")
-    video = read_video(path, frames=frames, fps=fps)
-    say("loading the model")
-    model, processor = load(source)
-    inputs = video_inputs(processor, video, question).to(model.device)
-    say("answering without compression")
-    text = answer(model, processor, inputs, max_new_tokens=max_new_tokens) if compare else None
-    say(f"answering with {strategy.name}")
-    as_images = frames_as_images(inputs)
-    with attach(model, strategy, frames_as_images=as_images):
-        short_text = answer(model, processor, inputs, max_new_tokens=max_new_tokens)
-    # The answers have warmed everything up; taking turns keeps the machine's drift out.
-    times: list[float] = []
-    timed: list[tuple[float, Report]] = []
-    for turn in range(repeats):
-        say(f"timing the first token, {turn + 1} of {repeats}")
-        if compare:
-            times.append(first_token_ms(model, inputs))
-        with attach(model, strategy, frames_as_images=as_images) as session:
-            short_ms = first_token_ms(model, inputs)
-        if session.report is None:
-            raise RuntimeError("generate was not intercepted")
-        timed.append((short_ms, session.report))
-    # The report is of the run whose time is given, so that its parts are parts of that time.
-    short_ms, report = sorted(timed, key=lambda run: run[0])[(repeats - 1) // 2]
-    compressed = Answer(text=short_text, ttft_ms=short_ms)
-    uncompressed = None
-    if text is not None:
-        uncompressed = Answer(text=text, ttft_ms=statistics.median_low(times))
+    ready = prepare(path, question, source, frames=frames, fps=fps, repeats=repeats, say=say)
+    model, inputs = ready.model, ready.inputs
+
+    def answer(strategy: Strategy | None) -> Measured:
+        say(f"answering with {strategy.name}" if strategy else "answering without compression")
+        return measure_answer(
+            model, ready.processor, inputs, strategy, max_new_tokens=max_new_tokens
+        )
+
+    plain = answer(None) if compare else None
+    short = answer(strategy)
+    measure_times(model, inputs, [plain, short] if plain else [short], repeats, say)
     return RunResult(
-        video=str(path),
-        frames=len(video.frames),
-        timestamps=video.timestamps,
-        duration=video.duration,
-        question=question,
-        model=str(source),
-        device=str(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
-        repeats=repeats,
-        compressed=compressed,
-        uncompressed=uncompressed,
-        report=report,
+        **ready.about,
+        timestamps=ready.video.timestamps,
+        compressed=Answer(text=short.text, ttft_ms=short.ttft_ms),
+        uncompressed=Answer(text=plain.text, ttft_ms=plain.ttft_ms) if plain else None,
+        report=short.report,
     )

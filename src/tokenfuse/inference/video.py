@@ -46,6 +46,13 @@ class Video:
     timestamps: list[float]
     duration: float
 
+    @classmethod
+    def from_frames(cls, frames: npt.NDArray[np.uint8], fps: float) -> Video:
+        """A video of all the frames ``(F, H, W, 3)``, uint8 RGB, shown ``fps`` to the second."""
+        count = len(frames)
+        times = [index / fps for index in range(count)]
+        return cls(frames, list(range(count)), fps, count, times, count / fps)
+
     def processor_indices(self) -> list[int]:
         """``F`` indices, never decreasing, that give ``timestamps`` when divided by ``fps``.
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from tokenfuse.inference.video import Video
 from tokenfuse.micro.displacement import Displacement, Group, group, measure
 from tokenfuse.micro.motion import MOTIONS, Motion, backdrop, course, relight
 from tokenfuse.micro.questions import PLAIN, SUBTLE, StratumQuestion, StratumTask, ask
@@ -110,6 +111,10 @@ class StratumClip:
     questions: tuple[StratumQuestion, ...]
     measured: Displacement | None
     decisive: tuple[int, int] | None
+
+    @property
+    def video(self) -> Video:
+        return Video.from_frames(self.frames, self.fps)
 
     @property
     def displacement(self) -> float:

@@ -22,6 +22,8 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from tokenfuse.inference.video import Video
+
 Task = Literal["color", "shape", "direction", "flash", "order", "count"]
 Scene = Literal["motion", "order", "count"]
 Split = Literal["train", "test"]
@@ -39,6 +41,8 @@ SCENE_OF: dict[Task, Scene] = {
 
 SIZE = 96
 FRAMES_PER_PATCH = 2
+HELD_OUT_PATCHES = range(4, 9)
+"""Lengths of held-out clips, in temporal patches."""
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (225, 35, 35),
@@ -93,6 +97,10 @@ class Clip:
     scene: Scene
     questions: tuple[Question, ...]
 
+    @property
+    def video(self) -> Video:
+        return Video.from_frames(self.frames, self.fps)
+
 
 def make_clip(
     seed: int,
@@ -122,6 +130,21 @@ def make_clip(
     video += np.float32(sigma) * rng.standard_normal(video.shape, dtype=np.float32)
     pixels = np.clip(video, 0, 255).astype(np.uint8)
     return Clip(pixels, float(rng.choice((4.0, 8.0))), scene, tuple(questions))
+
+
+def held_out(task: Task, count: int) -> list[tuple[Clip, Question]]:
+    """``count`` questions of one task about clips that training never sees, sorted by length.
+
+    The clips have HELD_OUT_PATCHES temporal patches, as many of each length as can be.
+    """
+    found = []
+    share, rest = divmod(count, len(HELD_OUT_PATCHES))
+    for patches in HELD_OUT_PATCHES:
+        for seed in range(share + (patches - HELD_OUT_PATCHES[0] < rest)):
+            clip = make_clip(seed, patches=patches, scene=SCENE_OF[task], split="test")
+            asked = [q for q in clip.questions if q.task == task]
+            found.append((clip, asked[seed % len(asked)]))
+    return found
 
 
 def _background(rng: np.random.Generator) -> Float:

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 from tokenfuse.adapters._base import Adapter
-from tokenfuse.bench.compare import generate
-from tokenfuse.bench.micro import LONGEST, encoding_once, texts
+from tokenfuse.bench.micro import LONGEST, encoding_once
 from tokenfuse.bench.retention.plan import BLIND, CHECKS, UNCOMPRESSED, UNDECIDED, Plan, Setting
 from tokenfuse.bench.retention.records import Answers, Clips, Described, Header, Records
 from tokenfuse.compression import compress_with, prompt_adapter
 from tokenfuse.costs import versions
 from tokenfuse.errors import ConfigError
-from tokenfuse.inference.run import load
-from tokenfuse.micro.evaluate import clip_inputs
+from tokenfuse.inference.generate import answers
+from tokenfuse.inference.inputs import batch_inputs
+from tokenfuse.inference.load import load
 from tokenfuse.micro.questions import SUBTLE, StratumTask
 from tokenfuse.micro.strata import StratumClip, make_stratum_clip
 from tokenfuse.plan import FusionPlan
@@ -40,7 +40,6 @@ def ask(
     Raises ConfigError or UnsupportedModelError.
     """
     model, processor = load(source)
-    processor.tokenizer.padding_side = "left"
     records.begin(
         Header(
             model=name,
@@ -114,8 +113,8 @@ def _ask_task(
         for clip in clips:
             moved.setdefault(clip.stratum.motion, []).append(round(clip.displacement, 4))
         records.append(Clips(task=task, displacement=moved))
-    inputs = clip_inputs(processor, clips, [clip.question.text for clip in clips])
-    inputs = inputs.to(model.device)
+    questions = [clip.question.text for clip in clips]
+    inputs = batch_inputs(processor, [clip.video for clip in clips], questions).to(model.device)
     registry = default_registry()
     adapter = encoding_once(prompt_adapter(model, registry))
     for setting in missing:
@@ -123,9 +122,9 @@ def _ask_task(
             key, short = setting, _shown(adapter, inputs, clips, setting)
         else:
             key, short = setting.key, compress_with(adapter, inputs, setting.strategy, registry)
-        ids, _ = generate(model, short, LONGEST)
+        given = answers(model, processor, short, max_new_tokens=LONGEST)
         left = adapter.placeholders(short, "video").sum(-1).tolist()
-        records.append(_answers(clips, key, texts(processor, ids), left))
+        records.append(_answers(clips, key, given, left))
         tick(f"{task}: {key}", len(clips))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from tokenfuse.bench.markdown import NONE, table
 from tokenfuse.bench.paired import Interval
 from tokenfuse.bench.retention.plan import BLIND, CHECKS, UNDECIDED, Plan, Setting
 from tokenfuse.bench.retention.summary import (
@@ -19,7 +20,6 @@ from tokenfuse.bench.retention.summary import (
 from tokenfuse.config import KEY
 from tokenfuse.costs import versions
 
-NONE = "–"
 BEYOND_CHANCE = 0.01
 
 PAGE = """\
@@ -118,7 +118,7 @@ def _uncompressed(models: Sequence[Summary]) -> str:
             row.append(_share(model.accuracy(task)) + mark)
             row += [_interval(model.check(c, task)) for c in CHECKS]
         rows.append(row)
-    return _table(columns, rows)
+    return table(columns, rows)
 
 
 def _sweep(name: str, points: Sequence[Setting], models: Sequence[Summary]) -> str:
@@ -155,9 +155,9 @@ def _sweep(name: str, points: Sequence[Setting], models: Sequence[Summary]) -> s
     columns = ["setting", "model", "removed", "right", "retention", "p"]
     columns += [f"{g} motion" for g in GROUPS] + ["worst task"]
     return (
-        _table(columns, first, left=2)
+        table(columns, first, left=2)
         + "\nRetention by task:\n\n"
-        + _table(["setting", "model", *models[0].tasks], second, left=2)
+        + table(["setting", "model", *models[0].tasks], second, left=2)
     )
 
 
@@ -172,7 +172,7 @@ def _strata(name: str, setting: Setting, model: Summary, plan: Plan) -> str:
         rows.append(row)
     return (
         f"## {name}, by stratum: {model.model}\n\nRetention, {plan.questions} questions each; bold "
-        f"where *p* is below {BEYOND_CHANCE}.\n\n" + _table(["task", *plan.motions], rows)
+        f"where *p* is below {BEYOND_CHANCE}.\n\n" + table(["task", *plan.motions], rows)
     )
 
 
@@ -191,9 +191,3 @@ def _bounds(interval: Interval) -> str:
 
 def _interval(interval: Interval | None) -> str:
     return f"{_share(interval.value)} {_bounds(interval)}" if interval else NONE
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    marks = ["---"] * left + ["---:"] * (len(columns) - left)
-    lines = [columns, marks, *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
