@@ -78,7 +78,7 @@ def main() -> None:
             processor, [clip.video for clip in clips], [clip.question.text for clip in clips]
         )
         with torch.no_grad():
-            items = adapter.encode(inputs, {})[0].items
+            items = adapter.encode(adapter.read(inputs))[0].items
         camera = stratum.motion if stratum.motion == "still" else stratum.motion[:3]
         for seed, item in enumerate(items):
             decisive = holds(stratum, seed)

@@ -9,10 +9,10 @@ import argparse
 import numpy as np
 import torch
 
-from tokenfuse import get_strategy
 from tokenfuse.bench.markdown import table
 from tokenfuse.bench.micro import LONGEST
-from tokenfuse.compression import compress_with, prompt_adapter
+from tokenfuse.compression import compress_prompt, prompt_adapter
+from tokenfuse.config import get_configuration
 from tokenfuse.inference.generate import answers
 from tokenfuse.inference.inputs import batch_inputs
 from tokenfuse.inference.load import load
@@ -90,7 +90,9 @@ def main() -> None:
             for label, config in SETTINGS.items():
                 short = inputs
                 if config is not None:
-                    short = compress_with(adapter, inputs, get_strategy(config), default_registry())
+                    short = compress_prompt(
+                        adapter, adapter.read(inputs), get_configuration(config)
+                    )
                 given = answers(model, processor, short, max_new_tokens=LONGEST)
                 found.setdefault((label, name), []).extend(
                     a == clip.question.answer for a, clip in zip(given, clips, strict=True)

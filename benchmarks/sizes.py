@@ -9,11 +9,11 @@ import argparse
 import numpy as np
 import torch
 
-from tokenfuse import get_strategy
 from tokenfuse.bench.markdown import table
 from tokenfuse.bench.micro import LONGEST
 from tokenfuse.bench.retention.summary import COUNTED
-from tokenfuse.compression import compress_with, prompt_adapter
+from tokenfuse.compression import compress_prompt, prompt_adapter
+from tokenfuse.config import get_configuration
 from tokenfuse.inference.generate import answers
 from tokenfuse.inference.inputs import batch_inputs
 from tokenfuse.inference.load import load
@@ -58,7 +58,7 @@ $ python benchmarks/sizes.py --clips {clips} > docs/results/sizes.md
 def right(model, processor, adapter, clips, inputs, config):
     short = inputs
     if config is not None:
-        short = compress_with(adapter, inputs, get_strategy(config), default_registry())
+        short = compress_prompt(adapter, adapter.read(inputs), get_configuration(config))
     given = answers(model, processor, short, max_new_tokens=LONGEST)
     return np.mean([a == clip.question.answer for a, clip in zip(given, clips, strict=True)])
 

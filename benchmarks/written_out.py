@@ -10,11 +10,13 @@ from dataclasses import replace
 
 import torch
 
-from tokenfuse import get_strategy
+from tokenfuse import FusionPlan
+from tokenfuse.bench.encoded import EncodedPrompt
 from tokenfuse.bench.markdown import table
-from tokenfuse.bench.micro import LONGEST, encoding_once
+from tokenfuse.bench.micro import LONGEST
 from tokenfuse.bench.retention.plan import Plan
-from tokenfuse.compression import compress_with, plan_items, prompt_adapter
+from tokenfuse.compression import compress_prompt, prompt_adapter
+from tokenfuse.config import get_configuration
 from tokenfuse.inference.generate import answers
 from tokenfuse.inference.inputs import batch_inputs
 from tokenfuse.inference.load import load
@@ -57,21 +59,26 @@ $ python benchmarks/written_out.py --questions {questions} > docs/results/writte
 """
 
 
-def written_out(adapter, inputs, strategy):
+def written_out(prompt, configuration):
     """The full-length prompt, and the column that each of its tokens was fused into."""
-    encoded = adapter.encode(inputs, {})
-    rest = dict(inputs)
-    fused, plans = {}, {}
-    for part in encoded:
-        plans[part.modality] = plan_items(part, strategy, default_registry())
-        fused[part.modality] = adapter.fuse(
-            part, plans[part.modality], lambda plan, x: plan.expand(strategy.fuse(plan, x))
+    adapter, strategy = prompt.adapter, configuration.strategy
+    encoded = prompt.encoded(configuration)
+    plans = {part.modality: [strategy.plan(x) for x in part.items] for part in encoded}
+    whole = [
+        replace(
+            part,
+            output=adapter.fuse(
+                part, plans[part.modality], lambda plan, x: plan.expand(strategy.fuse(plan, x))
+            ),
         )
-        for name in adapter.encoder_inputs(inputs, part.modality):
-            del rest[name]
-    # Without the grids the model cannot tell where its tokens stand.
-    rest |= {"mm_encoder_outputs": fused, "position_ids": adapter.positions(inputs)}
-    return rest, adapter.owners(inputs, encoded, plans)
+        for part in encoded
+    ]
+    same = {
+        part.modality: [FusionPlan.identity(x.num_tokens) for x in part.items] for part in encoded
+    }
+    long = compress_prompt(adapter, prompt.prompt, configuration, encoded=whole, plans=same)
+    owners = {part.modality: part.owners(plans[part.modality]) for part in encoded}
+    return long, prompt.prompt.owners(owners)
 
 
 @contextmanager
@@ -90,17 +97,17 @@ def owned(model, owners):
         yield
 
 
-def given(model, processor, adapter, inputs, config, form):
+def given(model, processor, prompt, config, form):
     if form.endswith("written out"):
-        long, owners = written_out(adapter, inputs, get_strategy(config))
+        long, owners = written_out(prompt, get_configuration(config))
         with owned(model, owners) if form.startswith("keys") else nullcontext():
             return answers(model, processor, long, max_new_tokens=LONGEST)
     attention = "plain" if form == "short" else "proportional"
-    strategy = get_strategy(config | {"attention": attention})
-    short = compress_with(adapter, inputs, strategy, default_registry())
+    short = prompt.shorten(get_configuration(config | {"attention": attention}))
     if form == "everywhere":
-        first = torch.zeros_like(short.shares.first_query)
-        short.shares = replace(short.shares, first_query=first)
+        shares = short.turn.shares
+        first = torch.zeros_like(shares.first_query)
+        short.turn = replace(short.turn, shares=replace(shares, first_query=first))
     return answers(model, processor, short, max_new_tokens=LONGEST)
 
 
@@ -123,11 +130,11 @@ def main() -> None:
             inputs = batch_inputs(
                 processor, [clip.video for clip in clips], [clip.question.text for clip in clips]
             )
-            adapter = encoding_once(prompt_adapter(model, default_registry()))
+            prompt = EncodedPrompt(prompt_adapter(model, default_registry()), inputs)
             found = {
                 "uncompressed": answers(model, processor, inputs, max_new_tokens=LONGEST),
                 **{
-                    (label, form): given(model, processor, adapter, inputs, config, form)
+                    (label, form): given(model, processor, prompt, config, form)
                     for label, config in SETTINGS.items()
                     for form in FORMS
                 },

@@ -63,11 +63,11 @@ def run(
     """Answer a question about a video, with and without compression."""
     with _errors():
         # Heavy imports only where a model runs.
-        from tokenfuse.config import get_strategy
+        from tokenfuse.config import get_configuration
         from tokenfuse.inference.run import run as run_once
         from tokenfuse.micro import CHECKPOINT, SAMPLE, SAMPLE_QUESTION
 
-        chosen = get_strategy(strategy, **_overrides(options or []))
+        chosen = get_configuration(strategy, **_overrides(options or []))
         _quiet()
         with _err.status("starting") as status:
             result = run_once(

@@ -25,7 +25,7 @@ from tokenfuse.prompt.shares import Shares
 from tokenfuse.prompt.turn import Item, Shortened, Turn, in_prompt_order, shorten_prompt
 from tokenfuse.registry import Registry, default_registry
 from tokenfuse.report import ItemReport, Report
-from tokenfuse.strategies._base import Strategy
+from tokenfuse.strategies._base import Strategy, Wants
 from tokenfuse.tokens import Modality, VisualTokens
 
 # Reading the metadata of packages takes milliseconds.
@@ -164,8 +164,12 @@ def encode_prompt(
     after: Turn | None = None,
 ) -> list[Encoded]:
     """What the vision tower makes of a prompt, with what the strategy needs beside features."""
-    wants = {modality: part.wants() for modality, part in _parts(strategy).items()}
-    return adapter.encode(prompt, wants, frames_as_images, after)
+    return adapter.encode(prompt, wants_of(strategy), frames_as_images, after)
+
+
+def wants_of(strategy: Strategy) -> dict[Modality, Wants]:
+    """What the strategy asks the adapter for, beside the features of images and videos."""
+    return {modality: part.wants() for modality, part in _parts(strategy).items()}
 
 
 def compress_prompt(

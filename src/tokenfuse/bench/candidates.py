@@ -10,10 +10,9 @@ from pydantic import BaseModel, ConfigDict
 
 from tokenfuse.adapters._base import Adapter
 from tokenfuse.compression import refuse_unmet_needs
-from tokenfuse.config import KEY, get_strategy
+from tokenfuse.config import KEY, Configuration, get_configuration, get_strategy
 from tokenfuse.errors import ConfigError, UnsupportedModelError
 from tokenfuse.registry import Registry
-from tokenfuse.strategies._base import Strategy
 
 ALL = "all"
 CONTROLS = ("uniform", "random", "frame_subsample")
@@ -26,12 +25,12 @@ class Candidate:
 
     label: str
     keep_ratio: float | None
-    strategy: Strategy | None
+    configuration: Configuration | None
     reason: str | None = None
 
     @property
     def title(self) -> str:
-        return f"with {self.label} at {self.keep_ratio:g}" if self.strategy else self.label
+        return f"with {self.label} at {self.keep_ratio:g}" if self.configuration else self.label
 
 
 UNCOMPRESSED = Candidate("uncompressed", None, None)
@@ -58,7 +57,7 @@ class Row(BaseModel):
         values = {
             "strategy": candidate.label,
             "keep_ratio": candidate.keep_ratio,
-            "options": candidate.strategy.describe() if candidate.strategy else None,
+            "options": candidate.configuration.describe() if candidate.configuration else None,
             "reason": candidate.reason,
         }
         return cls(**(values | figures))
@@ -115,11 +114,11 @@ def ratios(values: Iterable[str]) -> list[float]:
 
 def _candidate(source: str, ratio: float, adapter: Adapter | None, registry: Registry) -> Candidate:
     try:
-        strategy = get_strategy(source, keep_ratio=ratio, registry=registry)
+        configuration = get_configuration(source, keep_ratio=ratio, registry=registry)
     except ConfigError:
         # An unknown name or a faulty file says so itself.
-        plain = get_strategy(source, registry=registry)
-        if "keep_ratio" in type(plain).model_fields:
+        plain = get_configuration(source, registry=registry)
+        if "keep_ratio" in type(plain.strategy).model_fields:
             raise
         raise ConfigError(
             f"strategy {source} has no option keep_ratio, so that it cannot be compared at equal "
@@ -127,7 +126,7 @@ def _candidate(source: str, ratio: float, adapter: Adapter | None, registry: Reg
         ) from None
     try:
         if adapter:
-            refuse_unmet_needs(adapter, strategy)
+            refuse_unmet_needs(adapter, configuration)
     except UnsupportedModelError as error:
         return Candidate(source, ratio, None, str(error))
-    return Candidate(source, ratio, strategy)
+    return Candidate(source, ratio, configuration)

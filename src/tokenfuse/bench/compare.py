@@ -78,7 +78,7 @@ def compare(
                 ready.model,
                 ready.processor,
                 ready.inputs,
-                candidate.strategy,
+                candidate.configuration,
                 max_new_tokens=max_new_tokens,
             )
         return measured, peak()

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 
-from tokenfuse.adapters._base import Adapter, Encoded
 from tokenfuse.bench.candidates import UNCOMPRESSED, Candidate, Row, candidates
 from tokenfuse.bench.compare import divergence, why
-from tokenfuse.compression import compress_with, prompt_adapter
+from tokenfuse.bench.encoded import EncodedPrompt
+from tokenfuse.compression import prompt_adapter
 from tokenfuse.costs import versions
 from tokenfuse.errors import ConfigError
 from tokenfuse.inference.generate import decode, generate
@@ -30,8 +30,6 @@ from tokenfuse.inference.measure import Say
 from tokenfuse.micro import CHECKPOINT
 from tokenfuse.micro.tasks import TASKS, Clip, Question, Task, held_out
 from tokenfuse.registry import Registry, default_registry
-from tokenfuse.strategies._base import Wants
-from tokenfuse.tokens import Modality
 
 LONGEST = 6
 """Tokens that an answer may have; those of the micro model have up to three."""
@@ -270,14 +268,14 @@ def _ask(
     expected = [question.answer for question in questions]
     ids, reference = generate(model, inputs, max_new_tokens=LONGEST)
     plain = decode(processor, ids)
-    adapter = encoding_once(prompt_adapter(model, registry))
+    prompt = EncodedPrompt(prompt_adapter(model, registry), inputs)
     scores: dict[Candidate, TaskScore | str] = {}
     for candidate in chosen:
-        if candidate.strategy is None:
+        if candidate.configuration is None:
             scores[candidate] = _score(plain, plain, expected)
             continue
         try:
-            short = compress_with(adapter, inputs, candidate.strategy, registry)
+            short = prompt.shorten(candidate.configuration)
             ids, logits = generate(model, short, max_new_tokens=LONGEST)
         except Exception as error:
             scores[candidate] = why(error)
@@ -299,18 +297,3 @@ def _score(given: Sequence[str], plain: Sequence[str], expected: Sequence[str]) 
         right=sum(map(str.__eq__, given, expected)),
         same=sum(map(str.__eq__, given, plain)),
     )
-
-
-def encoding_once(adapter: Adapter) -> Adapter:
-    """The adapter, for one prompt: what it has encoded it does not encode again."""
-    encode = adapter.encode
-    seen: dict[Any, list[Encoded]] = {}
-
-    def once(inputs: Mapping[str, Any], wants: Mapping[Modality, Wants], *more: Any) -> Any:
-        key = frozenset(wants.items()), more
-        if key not in seen:
-            seen[key] = encode(inputs, wants, *more)
-        return seen[key]
-
-    vars(adapter)["encode"] = once
-    return adapter

@@ -31,7 +31,8 @@ def generate(
     ``A`` is the length of the longest answer, ``V`` the size of the vocabulary. ``inputs`` as for
     ``answers``.
     """
-    with proportional_attention(model, getattr(inputs, "shares", None)):
+    turn = getattr(inputs, "turn", None)
+    with proportional_attention(model, None if turn is None else turn.shares):
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,

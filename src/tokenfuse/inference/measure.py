@@ -10,13 +10,13 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from tokenfuse.config import Configuration
 from tokenfuse.errors import ConfigError
 from tokenfuse.inference.generate import decode, first_token_ms, generate
 from tokenfuse.inference.inputs import frames_as_images
 from tokenfuse.report import Report
 from tokenfuse.sessions.attach import attach
 from tokenfuse.sessions.vlm import Session
-from tokenfuse.strategies._base import Strategy
 
 Say = Callable[[str], None]
 """Hears of each step."""
@@ -31,7 +31,7 @@ class Measured:
     Figures are of the run of median time, so that the parts in its report are parts of that time.
     """
 
-    strategy: Strategy | None
+    configuration: Configuration | None
     text: str
     logits: Float[Tensor, " V"]
     timed: list[tuple[float, Report | None]] = field(default_factory=list)
@@ -55,12 +55,17 @@ class Measured:
 
 
 def measure_answer(
-    model: Any, processor: Any, inputs: Any, strategy: Strategy | None, *, max_new_tokens: int
+    model: Any,
+    processor: Any,
+    inputs: Any,
+    configuration: Configuration | None,
+    *,
+    max_new_tokens: int,
 ) -> Measured:
     """Answer one prompt, which also warms up for ``measure_times``."""
-    with _attached(model, inputs, strategy):
+    with _attached(model, inputs, configuration):
         ids, logits = generate(model, inputs, max_new_tokens=max_new_tokens)
-    return Measured(strategy, decode(processor, ids)[0], logits[0].cpu())
+    return Measured(configuration, decode(processor, ids)[0], logits[0].cpu())
 
 
 def measure_times(
@@ -70,7 +75,7 @@ def measure_times(
     for turn in range(repeats):
         say(f"timing the first token, {turn + 1} of {repeats}")
         for one in measured:
-            with _attached(model, inputs, one.strategy) as session:
+            with _attached(model, inputs, one.configuration) as session:
                 ms = first_token_ms(model, inputs)
             one.timed.append((ms, session.report if session else None))
 
@@ -82,8 +87,9 @@ def check_repeats(repeats: int) -> None:
 
 
 def _attached(
-    model: Any, inputs: Any, strategy: Strategy | None
+    model: Any, inputs: Any, configuration: Configuration | None
 ) -> AbstractContextManager[Session | None]:
-    if strategy is None:
+    if configuration is None:
         return nullcontext()
-    return attach(model, strategy, frames_as_images=frames_as_images(inputs))
+    session: Session = attach(model, configuration, frames_as_images=frames_as_images(inputs))
+    return session

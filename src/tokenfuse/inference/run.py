@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
+from tokenfuse.config import Configuration
 from tokenfuse.inference.inputs import video_inputs
 from tokenfuse.inference.load import load
 from tokenfuse.inference.measure import (
@@ -19,7 +20,6 @@ from tokenfuse.inference.measure import (
 )
 from tokenfuse.inference.video import Video, read_video
 from tokenfuse.report import Report
-from tokenfuse.strategies._base import Strategy
 
 
 class VideoQuestion(BaseModel):
@@ -115,7 +115,7 @@ def prepare(
 def run(
     path: str | Path,
     question: str,
-    strategy: Strategy,
+    configuration: Configuration,
     *,
     source: str | Path,
     frames: int | None = None,
@@ -135,14 +135,12 @@ def run(
     ready = prepare(path, question, source, frames=frames, fps=fps, repeats=repeats, say=say)
     model, inputs = ready.model, ready.inputs
 
-    def answer(strategy: Strategy | None) -> Measured:
-        say(f"answering with {strategy.name}" if strategy else "answering without compression")
-        return measure_answer(
-            model, ready.processor, inputs, strategy, max_new_tokens=max_new_tokens
-        )
+    def answer(chosen: Configuration | None) -> Measured:
+        say(f"answering with {chosen.strategy.name}" if chosen else "answering without compression")
+        return measure_answer(model, ready.processor, inputs, chosen, max_new_tokens=max_new_tokens)
 
     plain = answer(None) if compare else None
-    short = answer(strategy)
+    short = answer(configuration)
     measure_times(model, inputs, [plain, short] if plain else [short], repeats, say)
     return RunResult(
         **ready.about,

@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from tokenfuse.config import KEY, get_strategy
+from tokenfuse.config import KEY, Configuration, get_configuration
 from tokenfuse.costs import versions
 from tokenfuse.errors import ConfigError, did_you_mean
 from tokenfuse.hooks import hookimpl
 from tokenfuse.registry import Registry, default_registry
 from tokenfuse.report import Report
 from tokenfuse.sessions.attach import attach
-from tokenfuse.strategies._base import Strategy
 
 NAME = "tokenfuse_qwen3_vl"
 CLASSES = {"Qwen3VLSimple": "simple", "Qwen3VLChat": "chat"}
@@ -45,7 +44,7 @@ def __getattr__(name: str) -> Any:
 
 def split_args(
     given: Mapping[str, Any], own: Iterable[str]
-) -> tuple[dict[str, Any], Strategy | None]:
+) -> tuple[dict[str, Any], Configuration | None]:
     """Model arguments apart: those named in ``own``, and the strategy that the others make.
 
     Without ``strategy``, or with ``strategy=none``, there is none. Raises ConfigError for a name
@@ -63,7 +62,7 @@ def split_args(
             )
         return kept, None
     try:
-        return kept, get_strategy(source, **options)
+        return kept, get_configuration(source, **options)
     except ConfigError as error:
         fields = {
             name for e in default_registry().strategies.values() for name in e.cls.model_fields
@@ -111,7 +110,7 @@ def compressing(base: Any) -> Any:
     class Compressing(base):
         def __init__(self, **given: Any) -> None:
             parameters = inspect.signature(base).parameters.values()
-            kept, self.strategy = split_args(
+            kept, self.configuration = split_args(
                 given, [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
             )
             if not str(kept.get("device", "cuda")).startswith("cuda"):
@@ -121,22 +120,22 @@ def compressing(base: Any) -> Any:
             self._registry = Registry([self.measured])
             _write_into_results()
             super().__init__(**kept)
-            if self.strategy is not None:
+            if self.configuration is not None:
                 # A strategy that this model cannot take is refused before any prompt.
-                attach(self.model, self.strategy, registry=self._registry)
+                attach(self.model, self.configuration, registry=self._registry).detach()
 
         def generate_until(self, requests: Any) -> Any:
-            if self.strategy is None:
+            if self.configuration is None:
                 return super().generate_until(requests)
-            with attach(self.model, self.strategy, registry=self._registry):
+            with attach(self.model, self.configuration, registry=self._registry):
                 return super().generate_until(requests)
 
         def tokenfuse_summary(self) -> dict[str, Any]:
-            if self.strategy is None:
+            if self.configuration is None:
                 return {"strategy": None, "versions": versions()}
             # Of several processes the first writes the results, and knows its own prompts only.
             figures = self.measured.summary() | {"processes": self.world_size}
-            return {"strategy": self.strategy.describe(), "versions": versions()} | figures
+            return {"strategy": self.configuration.describe(), "versions": versions()} | figures
 
     return Compressing
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from tokenfuse.adapters._base import Adapter
-from tokenfuse.bench.micro import LONGEST, encoding_once
+from tokenfuse.bench.encoded import EncodedPrompt
+from tokenfuse.bench.micro import LONGEST
 from tokenfuse.bench.retention.plan import BLIND, CHECKS, UNCOMPRESSED, UNDECIDED, Plan, Setting
 from tokenfuse.bench.retention.records import Answers, Clips, Described, Header, Records
-from tokenfuse.compression import compress_with, prompt_adapter
+from tokenfuse.compression import prompt_adapter
+from tokenfuse.config import Configuration, get_strategy
 from tokenfuse.costs import versions
 from tokenfuse.errors import ConfigError
 from tokenfuse.inference.generate import answers
@@ -54,7 +55,7 @@ def ask(
     )
     for setting in chosen:
         if setting.key not in records.described:
-            records.append(Described(setting=setting.key, config=setting.strategy.describe()))
+            records.append(Described(setting=setting.key, config=setting.configuration.describe()))
     for task in plan.tasks:
         missing = list(lacking(plan, chosen, records, task))
         if missing:
@@ -115,15 +116,16 @@ def _ask_task(
         records.append(Clips(task=task, displacement=moved))
     questions = [clip.question.text for clip in clips]
     inputs = batch_inputs(processor, [clip.video for clip in clips], questions).to(model.device)
-    registry = default_registry()
-    adapter = encoding_once(prompt_adapter(model, registry))
+    adapter = prompt_adapter(model, default_registry())
+    prompt = EncodedPrompt(adapter, inputs)
     for setting in missing:
         if isinstance(setting, str):
-            key, short = setting, _shown(adapter, inputs, clips, setting)
+            key, short = setting, _shown(prompt, clips, setting)
         else:
-            key, short = setting.key, compress_with(adapter, inputs, setting.strategy, registry)
+            key, short = setting.key, prompt.shorten(setting.configuration)
         given = answers(model, processor, short, max_new_tokens=LONGEST)
-        left = adapter.placeholders(short, "video").sum(-1).tolist()
+        shown = adapter.placeholders(short, "video") & (short["attention_mask"] != 0)
+        left = shown.sum(-1).tolist()
         records.append(_answers(clips, key, given, left))
         tick(f"{task}: {key}", len(clips))
 
@@ -140,26 +142,22 @@ def _answers(
     return Answers(task=clips[0].stratum.task, setting=key, right=right, tokens=tokens)
 
 
-def _shown(
-    adapter: Adapter, inputs: Mapping[str, Any], clips: Sequence[StratumClip], check: str
-) -> Mapping[str, Any]:
+def _shown(prompt: EncodedPrompt, clips: Sequence[StratumClip], check: str) -> Mapping[str, Any]:
     """The inputs without the visual tokens that a check hides."""
     if check == UNCOMPRESSED:
-        return inputs
-    encoded = adapter.encode(inputs, {})
+        return prompt.prompt.inputs
+    anything = Configuration(get_strategy("uniform"))
+    (encoded,) = prompt.encoded(anything)
     plans = []
-    for clip, item in zip(clips, encoded[0].items, strict=True):
+    for clip, item in zip(clips, encoded.items, strict=True):
         frame = torch.arange(item.num_tokens, device=item.features.device)
         frame //= item.grid[1] * item.grid[2]
         hidden = torch.ones_like(frame, dtype=torch.bool)
         if check != BLIND and clip.decisive is not None:
             hidden = (frame >= clip.decisive[0]) & (frame < clip.decisive[1])
         plans.append(FusionPlan.from_survivors((~hidden).nonzero()[:, 0], item.num_tokens))
-    fused = adapter.fuse(encoded[0], plans, lambda plan, x: plan.select(x))
-    prompt, _ = adapter.realign(inputs, encoded, {"video": plans}, "keep", None)
+    short = prompt.shorten(anything, {"video": plans})
     if check == BLIND:
         # Nothing is shown: a prompt of text.
-        return prompt
-    read = adapter.encoder_inputs(inputs, "video")
-    rest = {name: value for name, value in inputs.items() if name not in read}
-    return {**rest, **prompt, "mm_encoder_outputs": {"video": fused}}
+        return {name: value for name, value in short.items() if name != "mm_encoder_outputs"}
+    return short

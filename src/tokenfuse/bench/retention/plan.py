@@ -14,13 +14,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenfuse.bench.candidates import ALL, comparable
-from tokenfuse.config import KEY, get_strategy
+from tokenfuse.config import KEY, Configuration, get_configuration
 from tokenfuse.errors import ConfigError
 from tokenfuse.micro.motion import MOTIONS, Motion
 from tokenfuse.micro.questions import PLAIN, SUBTLE, StratumTask
 from tokenfuse.micro.strata import LEAST, LEAST_FOR, Stratum, refusal
 from tokenfuse.registry import Registry
-from tokenfuse.strategies._base import Strategy
 
 UNCOMPRESSED = "uncompressed"
 BLIND = "blind"
@@ -82,10 +81,10 @@ class Plan(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """One configured strategy. ``where``: the sweeps it is a point of, and their grid values."""
+    """One configuration. ``where``: the sweeps it is a point of, and their grid values."""
 
     key: str
-    strategy: Strategy
+    configuration: Configuration
     where: dict[str, dict[str, Any]]
 
 
@@ -112,9 +111,9 @@ def settings(plan: Plan, registry: Registry) -> list[Setting]:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"sweeps: {', '.join(sorted(twice))}: two have this name: rename one")
     for sweep in plan.sweeps:
-        for point, strategy in _points(sweep, registry):
-            key = key_of(strategy)
-            setting = found.setdefault(key, Setting(key, strategy, {}))
+        for point, configuration in _points(sweep, registry):
+            key = key_of(configuration)
+            setting = found.setdefault(key, Setting(key, configuration, {}))
             setting.where[sweep.name] = point
     for name in plan.focus:
         if sum(name in setting.where for setting in found.values()) != 1:
@@ -122,16 +121,16 @@ def settings(plan: Plan, registry: Registry) -> list[Setting]:
     return list(found.values())
 
 
-def key_of(strategy: Strategy) -> str:
+def key_of(configuration: Configuration) -> str:
     """A short name of a configuration: equal configurations have equal ones."""
-    text = json.dumps(strategy.describe(), sort_keys=True)
+    text = json.dumps(configuration.describe(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def _points(sweep: Sweep, registry: Registry) -> Iterator[tuple[dict[str, Any], Strategy]]:
+def _points(sweep: Sweep, registry: Registry) -> Iterator[tuple[dict[str, Any], Configuration]]:
     wide = sweep.strategy == ALL and ALL not in registry.strategies
     for source in comparable(registry) if wide else [sweep.strategy]:
         for values in itertools.product(*sweep.grid.values()):
             point = dict(zip(sweep.grid, values, strict=True))
-            strategy = get_strategy(source, **point, registry=registry)
-            yield {KEY: strategy.name, **point}, strategy
+            configuration = get_configuration(source, **point, registry=registry)
+            yield {KEY: configuration.strategy.name, **point}, configuration
