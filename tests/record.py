@@ -2,17 +2,24 @@
 
 ``pytest tests/adapters/test_conformance.py --record FILE``.
 
-Each class of the kit becomes an entry: what its model is, and how many tests passed. Entries of
-other versions of transformers stay in the file, so that one file holds several.
+Each class of the kit that the run holds becomes an entry: what its model is, how many tests passed,
+and which tests the kit had. Entries of other classes and of other versions of transformers stay in
+the file as they are.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
+import math
+from types import SimpleNamespace
 
 import transformers
 
 from tokenfuse.testing import AdapterConformance
+
+OUTCOMES = ("passed", "skipped", "failed")
 
 
 def note(outcomes, item, report):
@@ -21,27 +28,50 @@ def note(outcomes, item, report):
     if cls is None or not issubclass(cls, AdapterConformance):
         return
     if report.when == "call" or report.outcome != "passed":
-        found = outcomes.setdefault(cls, {"passed": 0, "skipped": 0, "failed": 0})
+        found = outcomes.setdefault(cls, dict.fromkeys(OUTCOMES, 0) | {"tests": set()})
         found[report.outcome] += 1
+        found["tests"].add(item.originalname)
 
 
 def write(path, outcomes):
     """Put the outcomes into the file, under the version of transformers."""
     recorded = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    recorded[transformers.__version__] = {
-        cls.__name__.removeprefix("Test_"): entry(cls, found) for cls, found in outcomes.items()
-    }
+    recorded.setdefault(transformers.__version__, {}).update(
+        {cls.__name__.removeprefix("Test_"): entry(cls, found) for cls, found in outcomes.items()}
+    )
     path.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n", "utf-8")
+
+
+def kit_tests(cls):
+    """The tests that a class of the kit has in full: how many there are of each name."""
+    counts = {}
+    for name, test in inspect.getmembers(cls, inspect.isfunction):
+        if name.startswith("test_"):
+            sizes = []
+            metafunc = SimpleNamespace(
+                fixturenames=list(inspect.signature(test).parameters),
+                parametrize=lambda _, values, sizes=sizes: sizes.append(len(values)),
+                # The options of this run of pytest: all are on.
+                config=SimpleNamespace(getoption=lambda _: True),
+            )
+            cls().pytest_generate_tests(metafunc)
+            counts[name] = math.prod(sizes)
+    return counts
+
+
+def digest(tests):
+    """What stands for the names of some tests."""
+    return hashlib.sha256("\n".join(sorted(tests)).encode()).hexdigest()[:12]
 
 
 def entry(cls, found):
     """What the page says of one class, or why the model cannot run in this transformers."""
-    kit = cls()
+    kit, ran = cls(), {"kit": digest(found["tests"])}
     try:
         kit.model(kit.attentions[0])(**kit.inputs(kit.modalities[0]))
     except Exception as error:
-        return {"reason": f"its own forward raises {type(error).__name__}"}
-    return facts(cls) | found
+        return ran | {"reason": f"its own forward raises {type(error).__name__}"}
+    return facts(cls) | ran | {outcome: found[outcome] for outcome in OUTCOMES}
 
 
 def facts(cls):

@@ -47,6 +47,8 @@ $ python -m pytest tests/adapters/test_conformance.py --record docs/results/mode
 $ python -m tokenfuse.bench.models_page docs/results/models.json > docs/reference/models.md
 ```
 
+With `-k` and the name of a family, the first command renews the entry of that family alone.
+
 `transformers` 5.19.0 is the oldest release that is supported: earlier ones lack
 `mm_encoder_outputs`. The column of an older release is made by the same commands with that release
 installed.
@@ -62,7 +64,8 @@ def page(recorded: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name, entry in sorted(newest.items()):
         shown = ", ".join(f"{modality}s" for modality in entry["modalities"])
-        results = [_result(recorded[version].get(name)) for version in versions]
+        kit = entry.get("kit")
+        results = [_result(recorded[version].get(name), kit) for version in versions]
         rows.append(
             [
                 name.removesuffix("_frames"),
@@ -83,13 +86,15 @@ def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:3])
 
 
-def _result(entry: Mapping[str, Any] | None) -> str:
+def _result(entry: Mapping[str, Any] | None, kit: str | None) -> str:
+    """What a cell says; ``kit`` stands for the tests of the newest column."""
     if entry is None:
         return "not run"
     if "reason" in entry:
         return str(entry["reason"])
     failed = f", **{entry['failed']} failed**" if entry["failed"] else ""
-    return f"{entry['passed']} passed, {entry['skipped']} skipped{failed}"
+    earlier = "" if entry.get("kit") == kit else ", by an earlier kit"
+    return f"{entry['passed']} passed, {entry['skipped']} skipped{failed}{earlier}"
 
 
 def _yes(value: bool) -> str:

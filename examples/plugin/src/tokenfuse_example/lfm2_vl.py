@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tokenfuse import Adapter
-from tokenfuse.adapters._spans import Span
+from tokenfuse.adapters import Span
 from tokenfuse.errors import PromptError
 
 
