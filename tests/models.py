@@ -219,12 +219,12 @@ def drop(reduction=0.33, **options):
 HALF = drop(0.5)
 
 
-def compress(model, inputs, strategy=HALF):
-    return tokenfuse.compress(model, inputs, strategy, registry=AMONG)
+def compress(model, inputs, strategy=HALF, **options):
+    return tokenfuse.compress(model, inputs, strategy, registry=AMONG, **options)
 
 
-def attach(model, strategy=HALF):
-    return tokenfuse.attach(model, strategy, registry=AMONG)
+def attach(model, strategy=HALF, **options):
+    return tokenfuse.attach(model, strategy, registry=AMONG, **options)
 
 
 def visual_ids():

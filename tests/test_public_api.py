@@ -160,7 +160,7 @@ def test_every_hook_has_one_line_of_docstring_and_a_place_in_the_docs(name):
     assert hasattr(spec, "tokenfuse_spec")
     assert re.fullmatch(r"[A-Z].*\.", spec.__doc__)
     page = (DOCS / "reference" / "hooks.md").read_text("utf-8")
-    assert f"::: tokenfuse.hookspecs.{name}\n" in page
+    assert f"::: tokenfuse.hooks.{name}\n" in page
 
 
 @pytest.mark.parametrize("name", [*tokenfuse.__all__, *(cls.__name__ for cls in ERRORS)])

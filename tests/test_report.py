@@ -121,7 +121,6 @@ def test_ratios_are_over_all_items():
     assert (both.tokens_before, both.tokens_after) == (16, 10)
     assert both.keep_ratio == 0.625
     assert both.reduction == 0.375
-    assert both.overhead_ms == 1.75
 
 
 def test_a_prompt_without_items_keeps_everything():

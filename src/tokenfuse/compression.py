@@ -304,7 +304,8 @@ class _NoBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, _: Tensor) -> Tensor:
-        return features.view_as(features)
+        # A view could not be changed in place.
+        return features.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -104,6 +104,8 @@ def get_configuration(
     known, own = registry or default_registry(), source
     if isinstance(source, Configuration):
         source = source.strategy
+    if isinstance(source, Strategy):
+        _refuse_prompt_options_of(type(source))
     values, where = _values(source, dict(options), known, _Where())
     read = {name: values.pop(name) for name in PROMPT_OPTIONS if name in values}
     for name, value in read.items():
@@ -383,6 +385,14 @@ def _build(values: dict[str, Any], where: _Where, registry: Registry) -> Strateg
     )
 
 
+def _refuse_prompt_options_of(cls: type[Strategy]) -> None:
+    for name in PROMPT_OPTIONS.keys() & cls.model_fields.keys():
+        raise ConfigError(
+            f"strategy {cls.name} has an option called {name}, which in every configuration says "
+            "how the whole prompt is read; expected another name: rename the option"
+        )
+
+
 class _Located(ValueError):
     """What is wrong with a part of a configuration; the message says where that is."""
 
@@ -390,6 +400,8 @@ class _Located(ValueError):
 def _validate(
     cls: type[Strategy], options: Mapping[str, Any], where: _Where, registry: Registry
 ) -> Strategy:
+    _refuse_prompt_options_of(cls)
+
     def load(part: Any, *keys: str | int) -> Strategy:
         try:
             return _part(part, where.part(*keys), registry)

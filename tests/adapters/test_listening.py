@@ -44,9 +44,9 @@ def test_saliency_is_what_an_eager_forward_s_map_says(block, make, eager_maps):
     eager, fast = Qwen3VL(model_of("dense", "eager")), Qwen3VL(model_of("dense", "sdpa"))
     wants = dict.fromkeys(("image", "video"), Wants(Attention(block)))
     with torch.no_grad():
-        found = [x.saliency for part in fast.encode(inputs, wants) for x in part.items]
+        found = [x.saliency for part in fast.encode(fast.read(inputs), wants) for x in part.items]
         assert not eager_maps, "the sdpa model makes no map"
-        eager.encode(inputs)
+        eager.encode(eager.read(inputs))
     maps = eager_maps[eager.model.model.visual.blocks[block].attn]
     # (heads, queries, keys) per frame: what each key gets, then four patches to a token.
     expected = torch.cat([m.mean((0, 1)).view(-1, GROUP).sum(-1) for m in maps])
@@ -86,14 +86,19 @@ def test_chunks_of_queries_change_nothing(monkeypatch):
     torch.testing.assert_close(kernel.attention_received(q, k, [64], 0.3, group=GROUP), whole)
 
 
+def encode(model, inputs, *more):
+    adapter = Qwen3VL(model)
+    return adapter.encode(adapter.read(inputs), *more)
+
+
 def test_a_batch_supplies_what_each_prompt_supplies_alone():
     both, alone = two_videos()
     adapter = Qwen3VL(model_of())
     wants = {"video": Wants(Attention(-1), text=True)}
     with torch.no_grad():
-        together = adapter.encode(both, wants)[0].items
+        together = adapter.encode(adapter.read(both), wants)[0].items
         for tokens, inputs in zip(together, alone, strict=True):
-            single = adapter.encode(inputs, wants)[0].items[0]
+            single = adapter.encode(adapter.read(inputs), wants)[0].items[0]
             torch.testing.assert_close(tokens.saliency, single.saliency)
             assert torch.equal(tokens.text, single.text)
 
@@ -102,7 +107,7 @@ def test_text_is_the_prompt_without_frames_and_their_timestamps():
     inputs = image_then_video()
     model = model_of()
     with torch.no_grad():
-        parts = Qwen3VL(model).encode(inputs, dict.fromkeys(("image", "video"), Wants(text=True)))
+        parts = encode(model, inputs, dict.fromkeys(("image", "video"), Wants(text=True)))
     words = user("Look:", "and", "How many objects are there?")
     ids = processor().tokenizer(words, return_tensors="pt").input_ids[0]
     shown = model.get_input_embeddings()(ids).detach()
@@ -117,7 +122,7 @@ def test_text_is_the_prompt_without_frames_and_their_timestamps():
 def test_nothing_is_supplied_unless_it_is_wanted():
     model = model_of()
     with torch.no_grad():
-        tokens = Qwen3VL(model).encode(one_video())[0].items[0]
+        tokens = encode(model, one_video())[0].items[0]
     assert tokens.saliency is None
     assert tokens.text is None
     assert all(not block.attn._forward_pre_hooks for block in model.model.visual.blocks)
@@ -127,14 +132,14 @@ def test_no_hook_stays_after_an_error():
     model = model_of()
     inputs = one_video() | {"pixel_values_videos": one_video()["pixel_values_videos"][:, :-1]}
     with pytest.raises(RuntimeError):
-        Qwen3VL(model).encode(inputs, dict.fromkeys(("image", "video"), Wants(Attention(0))))
+        encode(model, inputs, dict.fromkeys(("image", "video"), Wants(Attention(0))))
     assert all(not block.attn._forward_pre_hooks for block in model.model.visual.blocks)
 
 
 @pytest.mark.parametrize("block", [3, -4])
 def test_a_block_that_does_not_exist_is_refused(block):
     with pytest.raises(ConfigError, match=r"has 3; expected -3\.\.2"):
-        Qwen3VL(model_of()).encode(one_video(), {"video": Wants(Attention(block))})
+        encode(model_of(), one_video(), {"video": Wants(Attention(block))})
 
 
 def test_placeholders_that_do_not_fit_are_refused_before_the_tower_runs():
@@ -142,7 +147,7 @@ def test_placeholders_that_do_not_fit_are_refused_before_the_tower_runs():
     ids = inputs["input_ids"] = inputs["input_ids"].clone()
     ids[0, (ids[0] == model_of().config.video_token_id).nonzero()[0]] = 5
     with pytest.raises(PromptError, match="placeholder"):
-        Qwen3VL(model_of()).encode(inputs, dict.fromkeys(("image", "video"), Wants(text=True)))
+        encode(model_of(), inputs, dict.fromkeys(("image", "video"), Wants(text=True)))
 
 
 def test_a_class_token_that_attends_to_itself_alone_leaves_nothing():

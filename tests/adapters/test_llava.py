@@ -137,13 +137,17 @@ def test_keeping_all_changes_nothing(name):
         assert torch.equal(model.generate(**inputs, max_new_tokens=5), plain)
 
 
+def encode(adapter, inputs, *more):
+    return adapter.encode(adapter.read(inputs), *more)
+
+
 @pytest.mark.parametrize("block", [0, -2, -1])
 def test_saliency_is_what_the_class_token_pays(block):
     model, inputs = model_of("clip", "eager"), PROMPTS["two images"]
     tower = model.model.vision_tower
     with torch.no_grad():
         maps = tower(inputs["pixel_values"], output_attentions=True).attentions[block]
-        items = Llava(model).encode(inputs, {"image": Wants(Attention(block))})[0].items
+        items = encode(Llava(model), inputs, {"image": Wants(Attention(block))})[0].items
     for weights, tokens in zip(maps, items, strict=True):
         paid = weights.mean(0)[0, 1:]
         torch.testing.assert_close(tokens.saliency, paid / paid.sum(), atol=1e-6, rtol=1e-4)
@@ -159,7 +163,7 @@ def test_saliency_without_a_class_token_is_what_all_queries_pay():
     with torch.no_grad():
         tower = model.model.vision_tower
         maps = tower(inputs["pixel_values"], output_attentions=True).attentions[-1]
-        tokens = Llava(model).encode(inputs, {"image": Wants(Attention(-1))})[0].items[0]
+        tokens = encode(Llava(model), inputs, {"image": Wants(Attention(-1))})[0].items[0]
     torch.testing.assert_close(tokens.saliency, maps[0].mean((0, 1)), atol=1e-6, rtol=1e-4)
 
 

@@ -10,9 +10,9 @@ import torch
 
 import tokenfuse
 from families import FAMILIES, PINPOINTS, SIDE
-from tokenfuse.adapters._base import MODALITIES
 from tokenfuse.errors import ConfigError, PromptError, UnsupportedModelError
 from tokenfuse.ops import attention as kernel
+from tokenfuse.prompt.inputs import MODALITIES
 from tokenfuse.registry import default_registry
 from tokenfuse.strategies._base import Attention, Wants
 
@@ -40,7 +40,9 @@ def rows_of(kind):
 def items_of(adapter, inputs, attention=None, **options):
     wants = dict.fromkeys(MODALITIES, Wants(attention))
     with torch.no_grad():
-        return [x for part in adapter.encode(inputs, wants, **options) for x in part.items]
+        return [
+            x for part in adapter.encode(adapter.read(inputs), wants, **options) for x in part.items
+        ]
 
 
 def tower_of(adapter, kind="image"):
@@ -352,7 +354,7 @@ def test_tiles_that_do_not_fit_are_refused_before_the_tower_runs(name, spoil, sa
     ran = []
     handle = tower_of(adapter).register_forward_pre_hook(lambda *_: ran.append(1))
     with pytest.raises(PromptError, match=said):
-        adapter.encode(inputs)
+        adapter.encode(adapter.read(inputs))
     handle.remove()
     assert not ran
 

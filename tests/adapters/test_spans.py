@@ -70,7 +70,7 @@ def test_what_surrounds_tokens_stays_and_owns_itself(span, data):
     kept = data.draw(st.sets(st.integers(0, n - 1), min_size=1))
     plan = FusionPlan.from_survivors(torch.tensor(sorted(kept)), n)
     tokens = VisualTokens.from_grid(torch.randn(n, 4), span.grid)
-    part = Encoded("video", None, [tokens] * 2, "video", [span] * 2)
+    part = Encoded("video", None, [tokens] * 2, "video", [span] * 2, [((0, 0), (0, 1))] * 2)
     stays, owners = part.keep_mask([plan] * 2), part.owners([plan] * 2)
     chosen = span.tokens()[plan.survivors]
     expected = torch.cat([chosen, span.others()]).sort().values

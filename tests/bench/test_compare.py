@@ -118,7 +118,7 @@ def test_every_strategy_comes_at_every_ratio_once(found, model):
         ("ttf-gentle", 0.5),
         ("ttf-gentle", 0.25),
     ]
-    assert chosen[3].strategy == get_strategy("ttf-gentle", keep_ratio=0.25)
+    assert chosen[3].configuration.strategy == get_strategy("ttf-gentle", keep_ratio=0.25)
 
 
 def test_all_may_stand_beside_names(found, model):
@@ -130,7 +130,7 @@ def test_all_may_stand_beside_names(found, model):
 def test_what_the_adapter_cannot_supply_is_a_candidate_with_a_reason(found, model):
     chosen = {c.label: c for c in candidates([], [0.5], Poor(model), found)}
     assert "needs saliency, which adapter poor does not supply" in chosen["attention"].reason
-    assert chosen["attention"].strategy is None
+    assert chosen["attention"].configuration is None
     assert chosen["uniform"].reason is None
 
 

@@ -89,7 +89,7 @@ def test_all_stands_for_every_strategy_that_takes_a_ratio():
         {"sweeps": [{"name": "s", "strategy": "all", "grid": {"keep_ratio": [0.5, 0.3]}}]}
     )
     found = settings(plan, default_registry())
-    names = {s.strategy.name for s in found}
+    names = {s.configuration.strategy.name for s in found}
     assert {"ttf", "tome", "attention", "uniform"} <= names
     assert len(found) == 2 * len(names)
 
@@ -275,7 +275,7 @@ def test_a_run_asks_everything_once(whole):
         {motion: len(bits) for motion, bits in given.right.items()} == {"still": 2, "pan_fast": 2}
         for given in records.answers.values()
     )
-    half = next(s.key for s in chosen if s.strategy.keep_ratio == 0.5)
+    half = next(s.key for s in chosen if s.configuration.strategy.keep_ratio == 0.5)
     tokens = {key: records.answers["vanish", key].tokens for key in (UNCOMPRESSED, BLIND, half)}
     assert tokens[UNCOMPRESSED] == {"still": 576, "pan_fast": 576}
     assert tokens[half] == {"still": 288, "pan_fast": 288}

@@ -109,7 +109,7 @@ def test_a_slice_asked_again_gives_the_committed_answers(model, task, tmp_path):
     plan = PLANS["retention"].model_copy(update={"tasks": [task]})
     sweeps = {"published", "attention-causal"}
     chosen = [s for s in settings(plan, default_registry()) if sweeps & s.where.keys()]
-    assert [s.strategy.attention for s in chosen] == ["plain", "plain", "proportional"]
+    assert [s.configuration.attention for s in chosen] == ["plain", "plain", "proportional"]
     again = Records(tmp_path / f"{model}.jsonl")
     ask(model, INSTRUMENTS[model], plan, chosen, again, lambda *_: None)
     assert again.clips[task] == held.clips[task]

@@ -22,7 +22,6 @@ from models import (
     batch,
     build,
     compress,
-    drop,
     frames,
     model_of,
     one_video,
@@ -33,7 +32,7 @@ from models import (
 )
 from tokenfuse.errors import PromptError
 from tokenfuse.prompt.cache import as_argument, cache_of
-from tokenfuse.sessions.arguments import as_the_caller_means
+from tokenfuse.sessions.arguments import for_shorter_prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -238,7 +237,7 @@ def test_what_stands_in_for_the_callers_objects_can_be_copied_and_asked(model):
     """transformers copies criteria, and asks them for attributes such as eos_token_id."""
     prompt, short = torch.zeros(1, 5).long(), torch.zeros(1, 3).long()
     given = {"stopping_criteria": [SeesIds(7)]}
-    moved = as_the_caller_means(given, prompt, short, model.generation_config)
+    moved = for_shorter_prompt(given, prompt, short, model.generation_config)
     (view,) = copy.deepcopy(moved["stopping_criteria"])
     assert view.stop_at == 7
     assert not hasattr(view, "eos_token_id")
@@ -643,13 +642,13 @@ def test_positions_of_a_later_turn_that_shows_something_are_refused(model):
 def test_contiguous_positions_go_on_after_a_padded_prompt(model, side):
     """A second turn that shows something, right after prompts of unequal lengths."""
     rows = (0, 1)
-    inputs, strategy = batch(side, rows), drop(0.5, positions="contiguous")
+    inputs, options = batch(side, rows), {"positions": "contiguous"}
     seen = []
     handle = model.model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
     )
     try:
-        with attach(model, strategy):
+        with attach(model, **options):
             out = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True)
             new = prompt([user("video", "Which?")], videos=[frames(8)])
             whole = dict(inputs)
@@ -670,7 +669,7 @@ def test_contiguous_positions_go_on_after_a_padded_prompt(model, side):
             model.generate(**whole, **as_argument(cache_of(out)), max_new_tokens=1)
     finally:
         handle.remove()
-    begun = compress(model, inputs, strategy)["attention_mask"].sum(-1)
+    begun = compress(model, inputs, **options)["attention_mask"].sum(-1)
     for row, positions in enumerate(seen[0][1]):
         # From the last token of the answer on, one by one; padding of the turn has the last one.
         assert int(positions.max()) - int(begun[row]) + 1 == len(positions.unique())
@@ -743,7 +742,7 @@ def test_what_cannot_be_asked_is_refused(model):
         session.ask(first, tokens(TURNS[0]))
 
 
-def test_a_new_video_after_several_answers_to_one_prompt_is_refused(model):
+def test_a_new_video_after_several_answers_to_one_prompt_equals_the_masked_run(model):
     inputs = one_video()
     with attach(model):
         out = first_turn(model, num_beams=2, num_return_sequences=2)
@@ -757,8 +756,13 @@ def test_a_new_video_after_several_answers_to_one_prompt_is_refused(model):
         for name in ("pixel_values_videos", "video_grid_thw"):
             first, rest = inputs[name], two_videos()[name]
             whole[name] = torch.cat([first, rest, first, rest])
-        with pytest.raises(PromptError, match="one answer per prompt"):
-            model.generate(**whole, **as_argument(cache_of(out)))
+        later = model.generate(**whole, **as_argument(cache_of(out)), max_new_tokens=4)
+    for row in range(2):
+        alone = {k: v[row::2] for k, v in whole.items() if v.shape[:1] == (2,)}
+        for name in ("pixel_values_videos", "video_grid_thw"):
+            alone[name] = torch.cat([inputs[name], two_videos()[name]])
+        oracle = Oracle(model, alone, compress(model, alone).plans)
+        assert oracle.says(later[row : row + 1, whole["input_ids"].shape[1] :])
 
 
 def test_a_cache_of_somebody_else_with_a_video_is_refused(model):

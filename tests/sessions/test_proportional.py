@@ -23,6 +23,7 @@ from models import (
     two_videos,
     user,
 )
+from tokenfuse.config import Configuration
 from tokenfuse.errors import ConfigError, UnsupportedModelError
 from tokenfuse.prompt.cache import as_argument, cache_of
 from tokenfuse.prompt.shares import Shares
@@ -30,7 +31,7 @@ from tokenfuse.sessions import proportional
 from tokenfuse.sessions.proportional import attention_modules, proportional_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-HALVES = Halves(attention="proportional")
+HALVES = Configuration(Halves(), attention="proportional")
 
 
 def attach(model, strategy=HALVES):
@@ -387,13 +388,12 @@ def test_a_vision_transformer_has_no_prompt_to_read_proportionally():
         tokenfuse.attach(vit, "tome", r=8, attention="proportional")
 
 
-def test_a_strategy_with_an_option_of_that_name_is_not_taken_for_it():
+def test_a_strategy_with_an_option_of_that_name_is_refused():
     class Mine(Halves):
         attention: str = "flash"
 
-    with attach(model_of(), Mine()):
-        out = model_of().generate(**one_video(), **OPTIONS)
-    assert cache_of(out)._tokenfuse_turn.shares is None
+    with pytest.raises(ConfigError, match="strategy halves has an option called attention"):
+        attach(model_of(), Mine())
 
 
 def test_a_part_of_a_chain_cannot_say_how_the_whole_is_read():

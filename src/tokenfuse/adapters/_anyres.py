@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenfuse.adapters._base import Adapter
 from tokenfuse.adapters._spans import Span
 from tokenfuse.errors import PromptError
+from tokenfuse.prompt.inputs import Prompt
 from tokenfuse.prompt.text import mismatch
 from tokenfuse.tokens import Modality
 
@@ -58,9 +59,7 @@ class AnyRes(Adapter):
         if modality == "video":
             return super().spans(inputs, modality, entries)
         side, found = self.side, list[Span]()
-        # Newlines among nothing else.
-        blank = torch.zeros(sum(self.tiles(inputs)), side**2, 1)
-        for packed in self.pack(inputs, blank, torch.ones(1)):
+        for packed in self._blank(inputs):
             rows = int(packed.sum())
             columns = (len(packed) - side**2) // max(rows, 1) - 1
             if columns > 0:
@@ -69,8 +68,24 @@ class AnyRes(Adapter):
                 found.append(Span((1, side, side), tail=rows))
         return found
 
-    def check(self, inputs: Mapping[str, Any], modality: Modality) -> None:
-        super().check(inputs, modality)
+    def _blank(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """The features ``(n, 1)`` of each image, ones for newlines among zeros."""
+        blank = torch.zeros(sum(self.tiles(inputs)), self.side**2, 1)
+        return self.pack(inputs, blank, torch.ones(1))
+
+    def feature_counts(self, prompt: Prompt, modality: Modality) -> list[int] | None:
+        inputs = prompt.inputs
+        if modality == "video":
+            return super().feature_counts(prompt, modality)
+        # Images whose tiles follow each other, or that are cut by how many there are in a prompt.
+        read = self.encoder_inputs(inputs, modality).keys()
+        if inputs["pixel_values"].ndim != 5 or read != {"pixel_values", "image_sizes"}:
+            return None
+        return [len(packed) for packed in self._blank(inputs)]
+
+    def check(self, prompt: Prompt, modality: Modality) -> None:
+        super().check(prompt, modality)
+        inputs = prompt.inputs
         if modality == "video":
             return
         if inputs.get("image_sizes") is None:
@@ -86,7 +101,7 @@ class AnyRes(Adapter):
                 f"pixel_values hold {given} tiles, image_sizes describe {tiles}: pass all that one "
                 "processor call returns"
             )
-        shown = int(self.placeholders(inputs, modality).sum())
+        shown = int(prompt.here[modality].sum())
         described = sum(span.size for span in self.spans(inputs, modality, ()))
         if shown != described:
             raise mismatch(modality, shown, described)

@@ -257,12 +257,12 @@ class Adapter(ModelAdapter):
             return layout.from_video_pixels(entries, pixels, vision, newline)
         return layout.from_pixels(entries, pixels, vision, newline, inputs.get("image_sizes"))
 
-    def check(self, inputs: Mapping[str, Any], modality: Modality) -> None:
+    def check(self, prompt: Prompt, modality: Modality) -> None:
         """Raise PromptError where the tower cannot read the inputs of a modality.
 
         By default where ``grid_thw`` is missing or does not describe the pixels.
         """
-        name, pixels = f"{modality}_grid_thw", PIXELS[modality]
+        inputs, name, pixels = prompt.inputs, f"{modality}_grid_thw", PIXELS[modality]
         if name not in inspect.signature(self._encoder(modality)).parameters:
             return
         grid, given = inputs.get(name), len(inputs[pixels])
@@ -342,7 +342,7 @@ class Adapter(ModelAdapter):
         since: int,
     ) -> _Tower:
         """What the vision tower makes of the items of a modality from column ``since`` on."""
-        self.check(prompt.inputs, modality)
+        self.check(prompt, modality)
         frames = modality == "image" and frames_as_images
         kind: Modality = "video" if frames else modality
         inputs, counts = prompt.inputs, None

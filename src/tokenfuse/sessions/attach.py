@@ -13,7 +13,7 @@ from tokenfuse.sessions.vit import VitSession
 from tokenfuse.sessions.vlm import Session
 
 
-class Generates(Protocol):
+class _Generates(Protocol):
     """A model that answers prompts."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -21,7 +21,7 @@ class Generates(Protocol):
 
 @overload
 def attach(
-    model: Generates,
+    model: _Generates,
     strategy: StrategyLike,
     /,
     *,

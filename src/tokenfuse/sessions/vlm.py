@@ -168,7 +168,9 @@ class Session(Attached):
         """
         self.require_attached("ask")
         if prompt.model is not self.model:
-            raise PromptError("another model has read the prompt; expected one that this one read")
+            raise PromptError(
+                "the prompt was read by another model; expected one that this model read"
+            )
         if input_ids.ndim != 2 or not input_ids.shape[1]:
             raise PromptError(
                 f"input_ids have shape {tuple(input_ids.shape)}; expected a question of one token "
@@ -336,18 +338,18 @@ class Session(Attached):
                 "missing; expected the cache that generate returned, or the whole conversation's "
                 "pixels"
             )
-        # The model may have read another prompt since, and keeps that one's delta.
-        counts = inputs.get("position_ids") is None and self.adapter.position_delta() is not None
-        if not shows_more and not (counts and held < ids.shape[1]):
-            return None
-        if ids.shape[1] < held or self._shows(ids[:, :held]):
-            if not shows_more:
-                return None
+        if visuals and (not shows_more or ids.shape[1] < held or self._shows(ids[:, :held])):
             raise PromptError(
                 "the cache holds a prompt already, and the inputs bring images or videos; "
                 "expected an empty cache, one that a generate of this session filled, or one of "
                 "text only: start with a new cache and the whole conversation"
             )
+        # The model may have read another prompt since, and keeps that one's delta.
+        counts = inputs.get("position_ids") is None and self.adapter.position_delta() is not None
+        if not shows_more and not (counts and held < ids.shape[1]):
+            return None
+        if self._shows(ids[:, :held]):
+            return None
         begun = {"input_ids": ids[:, :held]}
         if inputs.get("attention_mask") is not None:
             begun["attention_mask"] = inputs["attention_mask"][:, :held]
