@@ -10,7 +10,6 @@ import torch
 
 import tokenfuse
 from families import FAMILIES, PINPOINTS, SIDE
-from tokenfuse.adapters._base import MODALITIES
 from tokenfuse.errors import ConfigError, PromptError, UnsupportedModelError
 from tokenfuse.ops import attention as kernel
 from tokenfuse.registry import default_registry
@@ -38,7 +37,7 @@ def rows_of(kind):
 
 
 def items_of(adapter, inputs, attention=None, **options):
-    wants = dict.fromkeys(MODALITIES, Wants(attention))
+    wants = dict.fromkeys(("image", "video"), Wants(attention))
     with torch.no_grad():
         return [x for part in adapter.encode(inputs, wants, **options) for x in part.items]
 
