@@ -12,7 +12,6 @@ import tokenfuse
 from families import FAMILIES, PINPOINTS, SIDE
 from tokenfuse.errors import ConfigError, PromptError, UnsupportedModelError
 from tokenfuse.ops import attention as kernel
-from tokenfuse.prompt.inputs import MODALITIES
 from tokenfuse.registry import default_registry
 from tokenfuse.strategies._base import Attention, Wants
 
@@ -38,7 +37,7 @@ def rows_of(kind):
 
 
 def items_of(adapter, inputs, attention=None, **options):
-    wants = dict.fromkeys(MODALITIES, Wants(attention))
+    wants = dict.fromkeys(("image", "video"), Wants(attention))
     with torch.no_grad():
         return [
             x for part in adapter.encode(adapter.read(inputs), wants, **options) for x in part.items

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 import tokenfuse
 from families import FAMILIES, RESAMPLED
-from tokenfuse import FusionPlan, VisualTokens
+from tokenfuse import FusionPlan
 from tokenfuse.adapters._base import Encoded
 from tokenfuse.adapters._spans import Span, as_frames, flat, from_pixels, from_video_pixels
 from tokenfuse.errors import PromptError, UnsupportedModelError
@@ -69,9 +69,9 @@ def test_what_surrounds_tokens_stays_and_owns_itself(span, data):
     n = span.num_tokens
     kept = data.draw(st.sets(st.integers(0, n - 1), min_size=1))
     plan = FusionPlan.from_survivors(torch.tensor(sorted(kept)), n)
-    tokens = VisualTokens.from_grid(torch.randn(n, 4), span.grid)
-    part = Encoded("video", None, [tokens] * 2, "video", [span] * 2, [((0, 0), (0, 1))] * 2)
-    stays, owners = part.keep_mask([plan] * 2), part.owners([plan] * 2)
+    # What the masks read of an encoded modality.
+    part = SimpleNamespace(spans=[span] * 2)
+    stays, owners = Encoded.keep_mask(part, [plan] * 2), Encoded.owners(part, [plan] * 2)
     chosen = span.tokens()[plan.survivors]
     expected = torch.cat([chosen, span.others()]).sort().values
     both = torch.cat([expected, expected + span.size])
