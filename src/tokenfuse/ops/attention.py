@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-CHUNK = 2**24
-"""Attention weights that are held at a time."""
+from tokenfuse.ops import CHUNK
 
 
 def attention_received(

@@ -8,9 +8,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-CHUNK = 2**24
-"""Similarities that are held at a time."""
-
 
 def budget(keep_ratio: float, n: int) -> int:
     """⌈keep_ratio · n⌉ tokens, at least one; a ratio that means a whole number gives just that."""
@@ -18,14 +15,9 @@ def budget(keep_ratio: float, n: int) -> int:
     return max(1, min(n, math.ceil(keep_ratio * n - 1e-9)))
 
 
-def first_argmax(x: Tensor) -> Int[Tensor, "..."]:
-    """Index of the greatest entry of the last axis, the lowest on ties."""
-    index = torch.arange(x.shape[-1], device=x.device)
-    return torch.where(x == x.amax(-1, keepdim=True), index, x.shape[-1] - 1).amin(-1)
-
-
 def true_indices(mask: Bool[Tensor, " N"], count: int) -> Int[Tensor, " M"]:
     """The ``count`` positions where ``mask`` is true, ascending; the count is known beforehand."""
+    # torch.nonzero_static does the same, but not on every device of the oldest torch supported.
     return torch.argsort(mask.logical_not().to(torch.uint8), stable=True)[:count]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tokenfuse.ops.apportion import apportion
 from tokenfuse.ops.cluster import density_peaks, nearest_centre
 from tokenfuse.ops.select import top_per_row, true_indices
-from tokenfuse.ops.similarity import cosine
+from tokenfuse.ops.similarity import rowwise
 from tokenfuse.plan import DROPPED, FusionPlan
 
 
@@ -116,7 +116,7 @@ class Windows:
             kept[span.start] |= centres
             root[inside] = torch.where(still, places_of + first, root[inside])
             for frame in span[1:] if extra else []:
-                similar = cosine(frames[frame, :, None], mean[:, None]).flatten()
+                similar = rowwise(frames[frame], mean)
                 likeness[frame] = torch.where(still, similar, likeness[frame])
         if extra:
             alone = torch.argsort(likeness.flatten(), stable=True)[:extra]

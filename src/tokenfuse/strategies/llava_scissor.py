@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.ops.select import CHUNK, true_indices
-from tokenfuse.ops.similarity import NO_MATCH, STEP, cosine, nearest, unit
+from tokenfuse.ops import CHUNK
+from tokenfuse.ops.select import true_indices
+from tokenfuse.ops.similarity import NO_MATCH, STEP, nearest, rowwise, unit
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.tokens import Grid, VisualTokens
@@ -107,7 +108,7 @@ def _representatives(x: Tensor, y: Tensor, component: Tensor) -> tuple[Tensor, T
     n, device = x.shape[0], x.device
     best, slots = nearest(x, y)
     slots = torch.where(best == NO_MATCH, component, slots)
-    own = cosine(x[:, None], y[component][:, None])[:, 0, 0]
+    own = rowwise(x, y[component])
     greatest = own.new_full((y.shape[0],), -inf).scatter_reduce(0, component, own, "amax")
     index = torch.arange(n, device=device)
     candidates = torch.where(own == greatest[component], index, n)

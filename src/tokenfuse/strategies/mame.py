@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.ops.select import CHUNK, top, true_indices
+from tokenfuse.ops import CHUNK
+from tokenfuse.ops.select import top, true_indices
 from tokenfuse.ops.similarity import NO_MATCH, STEP, nearest_per_row, unit
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted
