@@ -256,11 +256,12 @@ def test_it_wants_what_its_parts_want():
         def plan(self, tokens):
             return FusionPlan.identity(tokens.num_tokens)
 
-    assert ByModality(video=TTF()).wants() == Wants()
+    assert ByModality(video=TTF()).wants() == Wants(grid=True)
     assert ByModality(video=Query()).wants() == Wants(text=True)
     both = {"video": {"strategy": "attention", "block": 0}, "image": VisionZip()}
-    assert get_strategy(both).wants() == Wants(Attention(0))
-    assert ByModality(video=Query(), image=HoliTom(block=1)).wants() == Wants(Attention(1), True)
+    assert get_strategy(both).wants() == Wants(Attention(0), grid=True)
+    both = ByModality(video=Query(), image=HoliTom(block=1))
+    assert both.wants() == Wants(Attention(1), text=True, grid=True)
 
 
 def test_it_compresses_a_model_s_prompt():

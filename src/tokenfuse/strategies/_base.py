@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -41,10 +41,16 @@ class Attention(NamedTuple):
 
 @dataclass(frozen=True)
 class Wants:
-    """What one configured strategy asks the adapter for, beside features."""
+    """What one configured strategy needs beside features.
+
+    ``attention``: the attention that ``tokens.saliency`` has to be, or None for no saliency.
+    ``text``: whether it reads ``tokens.text``. ``grid``: whether every place of the grid has to be
+    there. An adapter supplies the first two.
+    """
 
     attention: Attention | None = None
     text: bool = False
+    grid: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +111,12 @@ class Strategy(BaseModel, ABC):
         )
 
     def wants(self) -> Wants:
-        """What the adapter has to compute for this configuration."""
-        return Wants(Attention() if "saliency" in self.needs else None, "text" in self.needs)
+        """What this configuration needs of ``needs``, and which attention."""
+        return Wants(
+            attention=Attention() if "saliency" in self.needs else None,
+            text="text" in self.needs,
+            grid="grid" in self.needs,
+        )
 
     def for_modality(self, modality: Modality) -> Strategy | None:
         """The strategy for images or for videos; None where they are left as they are."""
@@ -212,4 +222,4 @@ class Attending(Budgeted):
     block: VisionBlock = -1
 
     def wants(self) -> Wants:
-        return Wants(Attention(self.block, self.query))
+        return replace(super().wants(), attention=Attention(self.block, self.query))

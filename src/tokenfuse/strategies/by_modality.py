@@ -108,13 +108,15 @@ class ByModality(Strategy):
         )
 
     def wants(self) -> Wants:
-        """All that its parts want of one item; where they read different vision blocks, the first.
+        """What its parts need together; where they read different vision blocks, the first one's.
 
-        Who knows an item's modality asks its part instead.
+        Ask the part of an item's modality instead where the modality is known.
         """
         each = [part.wants() for part in self._parts]
         attention = next((wants.attention for wants in each if wants.attention), None)
-        return Wants(attention, any(wants.text for wants in each))
+        return Wants(
+            attention, any(wants.text for wants in each), any(wants.grid for wants in each)
+        )
 
     def num_kept(self, grid: Grid) -> int | None:
         part = self._for_grid(grid)

@@ -68,13 +68,13 @@ class Compose(Strategy):
     def _chainable(cls, steps: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
         for step in steps:
             check_part(step)
-        for step in steps[1:]:
-            if "grid" in _first(step).needs:
+        each = [step.wants() for step in steps]
+        for step, wants in zip(steps[1:], each[1:], strict=True):
+            if wants.grid:
                 raise ValueError(
                     f"{_first(step).name} needs every place of the grid, so it can only come first"
                 )
-        asked = {wants.attention for wants in (step.wants() for step in steps)} - {None}
-        if len(asked) > 1:
+        if len({wants.attention for wants in each} - {None}) > 1:
             raise ValueError("its steps read the attention of different vision blocks; set one")
         return steps
 
@@ -92,7 +92,7 @@ class Compose(Strategy):
     def wants(self) -> Wants:
         each = [step.wants() for step in self.compose]
         attention = next((wants.attention for wants in each if wants.attention), None)
-        return Wants(attention, any(wants.text for wants in each))
+        return Wants(attention, any(wants.text for wants in each), each[0].grid)
 
     @torch.no_grad()
     def plan(self, tokens: VisualTokens) -> ChainedPlan:

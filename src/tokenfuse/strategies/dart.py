@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import ClassVar
 
@@ -48,7 +49,7 @@ class DART(Budgeted):
     text_pivots: int = Field(4, ge=0, description="prompt tokens to compare all others with")
 
     def wants(self) -> Wants:
-        return Wants(text=self.text_pivots > 0)
+        return replace(super().wants(), text=self.text_pivots > 0)
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
         units, blank = unit(tokens.features)
