@@ -36,8 +36,3 @@ def top_per_row(scores: Float[Tensor, "R P"], counts: Int[Tensor, " R"]) -> Bool
 def spread(count: int, n: int, device: torch.device | None = None) -> Int[Tensor, " M"]:
     """``count`` of ``n`` indices, evenly spaced, ascending: the middles of equal parts."""
     return ((2 * torch.arange(count, device=device) + 1) * n) // (2 * count)
-
-
-def greatest_per_row(scores: Float[Tensor, "B n"], count: int) -> Int[Tensor, "B k"]:
-    """Indices of the ``count`` greatest scores of each row, best first; the lowest on ties."""
-    return torch.argsort(scores, dim=-1, descending=True, stable=True)[:, :count]

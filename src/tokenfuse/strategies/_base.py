@@ -16,7 +16,7 @@ from tokenfuse.errors import ConfigError
 from tokenfuse.ops.select import budget, top
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._fields import KeepRatio, VisionBlock
-from tokenfuse.tokens import Grid, Modality, VisualTokens
+from tokenfuse.tokens import Grid, Modality, VisualTokens, describe_rows
 
 Stage = Literal["vision", "pre_llm", "llm"]
 Need = Literal["grid", "saliency", "text"]
@@ -53,14 +53,22 @@ class Wants:
     grid: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Compressed:
-    """What is left of one item: features ``(M, D)``, coords ``(M, 3)``, sizes ``(M,)``, plan."""
+    """What is left of one item.
+
+    ``features (M, D)``: one row per survivor, fused. ``coords (M, 3)``: where the survivors stand.
+    ``sizes (M,)``: how many source tokens each stands for. ``plan``: what made them.
+    """
 
     features: Float[Tensor, "M D"]
     coords: Int[Tensor, "M 3"]
     sizes: Int[Tensor, " M"]
     plan: FusionPlan
+
+    def __repr__(self) -> str:
+        kept = f"{self.plan.num_kept} of {self.plan.num_source} kept"
+        return f"{type(self).__name__}({kept}, {describe_rows(self.features)})"
 
 
 class Strategy(BaseModel, ABC):
@@ -138,6 +146,22 @@ class Strategy(BaseModel, ABC):
     def describe(self) -> dict[str, Any]:
         """The configuration that makes this strategy again, ``{"strategy": name, ...}``."""
         return {"strategy": self.name, **self.model_dump(mode="json")}
+
+    def __str__(self) -> str:
+        """The name, and the options that are not at their defaults."""
+        changed = [
+            f"{option}={_short(value)}"
+            for option, field in type(self).model_fields.items()
+            if (value := getattr(self, option)) != field.get_default(call_default_factory=True)
+        ]
+        return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+
+def _short(value: Any) -> str:
+    """An option's value; strategies in it by their names."""
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_short, value))}]"
+    return str(value)
 
 
 class Budgeted(Strategy):

@@ -26,7 +26,7 @@ from tokenfuse.tokens import Grid, Modality, VisualTokens
 Part = Annotated[Strategy | None, WithJsonSchema({"anyOf": [*PART, {"type": "null"}]})]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PartPlan(FusionPlan):
     """A plan with the strategy that made it, and as that one made it."""
 

@@ -25,7 +25,7 @@ from tokenfuse.strategies._parts import PART, check_part, load_part
 from tokenfuse.tokens import Grid, VisualTokens
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ChainedPlan(FusionPlan):
     """The plans of a chain as one, and each of them for the survivors of the one before."""
 

@@ -19,7 +19,7 @@ from tokenfuse.strategies._windows import Windows
 from tokenfuse.tokens import VisualTokens
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CentredPlan(FusionPlan):
     """A plan that knows which tokens are a survivor itself and which joined it.
 

@@ -18,7 +18,7 @@ from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.tokens import Grid, VisualTokens
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ComponentPlan(FusionPlan):
     """A plan with the components that gave each survivor the feature which it starts from.
 

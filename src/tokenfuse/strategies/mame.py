@@ -85,7 +85,7 @@ class MergeRound:
         return self.plan.select(x), self.plan.select(mass)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SoftPlan(FusionPlan):
     """A plan with the rounds of soft merging that it sums up.
 
