@@ -114,7 +114,7 @@ class FusionPlan:
         return (total / _column(self.sizes, x).to(wide)).to(x.dtype)
 
     def absorbed(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "M ..."]:
-        """The mean of what each survivor absorbed, itself left out; 0 where that is nothing.
+        """The mean of the tokens that belong to each survivor, itself left out; 0 without any.
 
         Accumulated and returned as by ``fuse``.
 

@@ -128,7 +128,10 @@ class VisualTokens:
         return self.features.shape[0]
 
     def after(self, survivors: Int[Tensor, " M"], features: Float[Tensor, "M D"]) -> VisualTokens:
-        """What a plan with these survivors leaves: their fused features, coords and saliency."""
+        """The tokens that a plan leaves, with the survivors' coords and saliency.
+
+        ``features``: the survivors' rows, fused.
+        """
         saliency = None if self.saliency is None else self.saliency[survivors]
         return replace(self, features=features, coords=self.coords[survivors], saliency=saliency)
 

@@ -26,7 +26,7 @@ LARGE = 1e16
 """Features are clamped to this, so that fp32 holds their squares."""
 
 WORST = torch.finfo(torch.float32).min
-"""Score of a point at distance 0 of a denser one, above that of a point that is none."""
+"""Score of a valid point at distance 0 of a denser one, above the -inf of one that is not valid."""
 
 
 def density_peaks(

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def budget(keep_ratio: float, n: int) -> int:
-    """⌈keep_ratio · n⌉ tokens, at least one; a ratio that means a whole number gives just that."""
-    # 0.55 * 100 is 55.000000000000007 in floating point: not a reason to keep 56.
+    """⌈keep_ratio · n⌉ tokens, at least one and at most ``n``."""
+    # 0.55 * 100 is 55.000000000000007 in floating point, which must not become 56.
     return max(1, min(n, math.ceil(keep_ratio * n - 1e-9)))
 
 

@@ -21,7 +21,7 @@ A power of two, so that dividing or multiplying by it is exact.
 
 
 def on_host(x: Tensor) -> bool:
-    """Whether ``x`` lies where reading a value waits for nothing."""
+    """Whether ``x`` is on the CPU, where reading a value waits for no device."""
     return x.device.type == "cpu"
 
 
@@ -94,7 +94,7 @@ def nearest(
 def nearest_per_row(
     queries: Float[Tensor, "B n D"], keys: Float[Tensor, "B m D"]
 ) -> tuple[Float[Tensor, "B n"], Int[Tensor, "B n"]]:
-    """The greatest cosine of each query with a key of its row, fp32, and which; lowest on ties.
+    """``nearest`` for each of ``B`` batch rows, whose queries meet the keys of their row only.
 
     A zero vector matches nothing: similarity NO_MATCH and key 0.
     """

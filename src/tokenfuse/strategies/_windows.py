@@ -23,7 +23,7 @@ from tokenfuse.plan import DROPPED, FusionPlan
 
 
 def share_out(total: int, weights: list[int], most: list[int] | int, least: int = 0) -> list[int]:
-    """``apportion`` for numbers that the host knows."""
+    """``apportion`` for Python numbers, on the CPU."""
     if not weights:
         return []
     caps = most if isinstance(most, int) else torch.tensor(most, device="cpu")
@@ -131,9 +131,10 @@ def cluster_rows(
     counts: list[int],
     neighbours: int,
 ) -> tuple[Bool[Tensor, "F n"], Int[Tensor, "F n"]]:
-    """``counts[i]`` density-peak centres of each row's valid points, and each point's centre.
+    """``counts[i]`` density-peak centres of the valid points of row ``i``.
 
-    -1 is the centre of points that are not valid, and of those in rows without one.
+    Returns which points are centres, and the index in its row of the centre that each point belongs
+    to: -1 for a point that is not valid, or in a row of count 0.
     """
     centres = torch.zeros_like(valid)
     home = torch.full(valid.shape, DROPPED, dtype=torch.long, device=points.device)

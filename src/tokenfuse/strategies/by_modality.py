@@ -28,7 +28,10 @@ Part = Annotated[Strategy | None, WithJsonSchema({"anyOf": [*PART, {"type": "nul
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PartPlan(FusionPlan):
-    """A plan with the strategy that made it, and as that one made it."""
+    """A plan that remembers the strategy that made it.
+
+    ``part``: that strategy. ``made``: its own plan, by which it fuses.
+    """
 
     part: Strategy
     made: FusionPlan
@@ -40,8 +43,8 @@ class ByModality(Strategy):
     In YAML ``video: ttf`` and ``image: {strategy: visionzip, keep_ratio: 0.5}``, by names, presets,
     files or mappings. A modality that is left out is left as it is.
 
-    In a model's prompt the prompt says what is an image. On bare tensors an item of one frame is
-    one, and every other item a video.
+    In a model's prompt the placeholders say what is an image. On bare tensors an item of one frame
+    is an image, and every other item is a video.
 
     Synchronises with the host as often as its parts do.
     """

@@ -27,7 +27,10 @@ from tokenfuse.tokens import Grid, VisualTokens
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ChainedPlan(FusionPlan):
-    """The plans of a chain as one, and each of them for the survivors of the one before."""
+    """All plans of a chain as one.
+
+    ``steps``: the plan of each strategy, for the survivors of the one before.
+    """
 
     steps: tuple[FusionPlan, ...]
 

@@ -20,10 +20,11 @@ from tokenfuse.tokens import Grid, VisualTokens
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ComponentPlan(FusionPlan):
-    """A plan with the components that gave each survivor the feature which it starts from.
+    """A plan that remembers the components whose means its survivors start from.
 
-    ``within``: tokens into the components of their frames. ``across``: those into the components of
-    all frames. ``order (M,)``: which of these each survivor stands for.
+    ``within``: the plan that puts tokens into the components of their frames. ``across``: the plan
+    that puts those into components over all frames. ``order (M,)``: the component over all frames
+    that each survivor stands for.
     """
 
     within: FusionPlan

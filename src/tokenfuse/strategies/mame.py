@@ -95,7 +95,7 @@ class SoftPlan(FusionPlan):
     rounds: tuple[MergeRound, ...]
 
     def merged(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The survivors' features, wide, and the possibly broken number of tokens in each."""
+        """The survivors' features, wide, and how many tokens each holds, fractions included."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mass = wide.new_ones(wide.shape[0])
         for step in self.rounds:

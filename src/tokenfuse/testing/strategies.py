@@ -121,7 +121,7 @@ def _cases(draw: st.DrawFn) -> Case:
 
 
 class _Made:
-    """A strategy, tokens and what it makes of them, on first use."""
+    """A strategy, tokens, and what the strategy makes of them, each made on first use."""
 
     def __init__(self, kit: StrategyConformance, case: Case) -> None:
         ratio = case.keep_ratio if kit._budgeted else None
