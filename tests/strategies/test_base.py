@@ -51,8 +51,8 @@ def test_a_strategy_that_attends_says_which_attention_it_reads():
         def choose(self, tokens, count):
             raise NotImplementedError
 
-    assert Mean().wants() == Wants(Attention(-1, "mean"), grid=True)
-    assert Mean(block=3).wants() == Wants(Attention(3, "mean"), grid=True)
+    assert Mean().wants() == Wants(Attention(-1, "mean"))
+    assert Mean(block=3).wants() == Wants(Attention(3, "mean"))
 
 
 # How they print

@@ -256,12 +256,17 @@ def test_it_wants_what_its_parts_want():
         def plan(self, tokens):
             return FusionPlan.identity(tokens.num_tokens)
 
-    assert ByModality(video=TTF()).wants() == Wants(grid=True)
+    assert ByModality(video=TTF()).wants() == Wants()
     assert ByModality(video=Query()).wants() == Wants(text=True)
     both = {"video": {"strategy": "attention", "block": 0}, "image": VisionZip()}
-    assert get_strategy(both).wants() == Wants(Attention(0), grid=True)
-    both = ByModality(video=Query(), image=HoliTom(block=1))
-    assert both.wants() == Wants(Attention(1), text=True, grid=True)
+    assert get_strategy(both).wants() == Wants(Attention(0))
+    assert ByModality(video=Query(), image=HoliTom(block=1)).wants() == Wants(Attention(1), True)
+
+
+def test_it_needs_the_grid_where_a_part_does():
+    assert ByModality(video=TTF()).needs_grid
+    assert ByModality(video=get_strategy("uniform"), image=VisionZip()).needs_grid
+    assert not ByModality(video=get_strategy("uniform")).needs_grid
 
 
 def test_it_compresses_a_model_s_prompt():

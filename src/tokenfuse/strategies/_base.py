@@ -41,16 +41,14 @@ class Attention(NamedTuple):
 
 @dataclass(frozen=True)
 class Wants:
-    """What one configured strategy needs beside features.
+    """What one configured strategy needs of the adapter, beside features.
 
     ``attention``: the attention that ``tokens.saliency`` has to be, or None for no saliency.
-    ``text``: whether it reads ``tokens.text``. ``grid``: whether every place of the grid has to be
-    there. An adapter supplies the first two.
+    ``text``: whether ``tokens.text`` has to be there.
     """
 
     attention: Attention | None = None
     text: bool = False
-    grid: bool = False
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -119,12 +117,13 @@ class Strategy(BaseModel, ABC):
         )
 
     def wants(self) -> Wants:
-        """What this configuration needs of ``needs``, and which attention."""
-        return Wants(
-            attention=Attention() if "saliency" in self.needs else None,
-            text="text" in self.needs,
-            grid="grid" in self.needs,
-        )
+        """What the adapter has to supply for this configuration."""
+        return Wants(Attention() if "saliency" in self.needs else None, "text" in self.needs)
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether every place of the grid has to be there, so that it comes first in a chain."""
+        return "grid" in self.needs
 
     def for_modality(self, modality: Modality) -> Strategy | None:
         """The strategy for images or for videos; None where they are left as they are."""

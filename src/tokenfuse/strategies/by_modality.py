@@ -117,9 +117,11 @@ class ByModality(Strategy):
         """
         each = [part.wants() for part in self._parts]
         attention = next((wants.attention for wants in each if wants.attention), None)
-        return Wants(
-            attention, any(wants.text for wants in each), any(wants.grid for wants in each)
-        )
+        return Wants(attention, any(wants.text for wants in each))
+
+    @property
+    def needs_grid(self) -> bool:
+        return any(part.needs_grid for part in self._parts)
 
     def num_kept(self, grid: Grid) -> int | None:
         part = self._for_grid(grid)

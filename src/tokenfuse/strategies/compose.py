@@ -71,13 +71,12 @@ class Compose(Strategy):
     def _chainable(cls, steps: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
         for step in steps:
             check_part(step)
-        each = [step.wants() for step in steps]
-        for step, wants in zip(steps[1:], each[1:], strict=True):
-            if wants.grid:
+        for step in steps[1:]:
+            if step.needs_grid:
                 raise ValueError(
                     f"{_first(step).name} needs every place of the grid, so it can only come first"
                 )
-        if len({wants.attention for wants in each} - {None}) > 1:
+        if len({step.wants().attention for step in steps} - {None}) > 1:
             raise ValueError("its steps read the attention of different vision blocks; set one")
         return steps
 
@@ -95,7 +94,11 @@ class Compose(Strategy):
     def wants(self) -> Wants:
         each = [step.wants() for step in self.compose]
         attention = next((wants.attention for wants in each if wants.attention), None)
-        return Wants(attention, any(wants.text for wants in each), each[0].grid)
+        return Wants(attention, any(wants.text for wants in each))
+
+    @property
+    def needs_grid(self) -> bool:
+        return self.compose[0].needs_grid
 
     @torch.no_grad()
     def plan(self, tokens: VisualTokens) -> ChainedPlan:

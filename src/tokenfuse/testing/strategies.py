@@ -516,7 +516,7 @@ class StrategyConformance:
 
         A strategy that needs every place of the grid says so: ``needs = frozenset({"grid"})``.
         """
-        if self.make().wants().grid:
+        if self.make().needs_grid:
             pytest.skip("it needs every place of the grid")
         whole = tokens_of((6, 4, 4))
         index = torch.arange(0, whole.num_tokens, 3)
