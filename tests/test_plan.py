@@ -224,3 +224,8 @@ def test_the_annotated_shapes_hold(plan):
     CHECKED["frame_counts"](plan, (n, 1, 1))
     CHECKED["sizes"](plan)
     CHECKED["keep_mask"](plan)
+
+
+def test_a_plan_prints_in_one_short_line():
+    plan = FusionPlan.from_survivors(torch.arange(74), 288)
+    assert repr(plan) == str(plan) == "FusionPlan(74 of 288 kept)"

@@ -75,7 +75,6 @@ def test_the_first_value_that_is_not_finite_is_named(grid, dtype, data):
         (torch.zeros(24, 4), (1, 2, 3, 4), {}, "expected (T, H, W)"),
         (torch.zeros(24, 4), (2, 3, 4), {"saliency": torch.zeros(23)}, "expected (24)"),
         (torch.zeros(24, 4), (2, 3, 4), {"saliency": torch.zeros(24, 1)}, "expected (24)"),
-        (torch.zeros(24, 4), (2, 3, 4), {"timestamps": torch.zeros(3)}, "expected (2)"),
         (torch.zeros(24, 4), (2, 3, 4), {"text": torch.zeros(7, 5)}, "expected (n, 4)"),
     ],
 )
@@ -100,7 +99,7 @@ def test_coords_that_do_not_fit_are_refused(coords, message):
 
 
 def test_optional_parts_are_kept():
-    more = {"saliency": torch.rand(24), "text": torch.randn(7, 4), "timestamps": torch.rand(2)}
+    more = {"saliency": torch.rand(24), "text": torch.randn(7, 4)}
     tokens = VisualTokens.from_grid(torch.zeros(24, 4), (2, 3, 4), **more)
     for name, value in more.items():
         assert getattr(tokens, name) is value
@@ -110,3 +109,25 @@ def test_tokens_are_frozen():
     tokens = VisualTokens.from_grid(torch.zeros(1, 1), (1, 1, 1))
     with pytest.raises(dataclasses.FrozenInstanceError):
         tokens.grid = (1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "short"),
+    [
+        (torch.bfloat16, "bf16"),
+        (torch.float16, "fp16"),
+        (torch.float32, "fp32"),
+        (torch.float64, "fp64"),
+    ],
+)
+def test_tokens_print_in_one_short_line(dtype, short):
+    tokens = VisualTokens.from_grid(torch.zeros(16, 14, 14, 32, dtype=dtype), (16, 14, 14))
+    assert repr(tokens) == str(tokens) == f"VisualTokens(16×14×14, D=32, {short})"
+    few = tokens.after(torch.arange(74), tokens.features[:74])
+    assert repr(few) == f"VisualTokens(74 of 16×14×14, D=32, {short})"
+
+
+def test_tokens_say_where_they_are_unless_that_is_the_cpu():
+    features = torch.zeros(24, 4, device="meta")
+    tokens = VisualTokens.from_grid(features, (2, 3, 4), check=False)
+    assert repr(tokens) == "VisualTokens(2×3×4, D=4, fp32, meta)"

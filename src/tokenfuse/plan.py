@@ -17,7 +17,7 @@ Reduce = Literal["mean", "keep"]
 DROPPED = -1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FusionPlan:
     """What happens to each of ``N`` source tokens.
 
@@ -53,6 +53,9 @@ class FusionPlan:
         slots = cls.from_survivors(survivors, roots.shape[0]).target
         target = torch.where(roots == DROPPED, DROPPED, slots[roots.clamp_min(0)])
         return cls(survivors, target)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.num_kept} of {self.num_source} kept)"
 
     @property
     def num_source(self) -> int:
@@ -111,7 +114,7 @@ class FusionPlan:
         return (total / _column(self.sizes, x).to(wide)).to(x.dtype)
 
     def absorbed(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "M ..."]:
-        """The mean of what each survivor absorbed, itself left out; 0 where that is nothing.
+        """The mean of the tokens that belong to each survivor, itself left out; 0 without any.
 
         Accumulated and returned as by ``fuse``.
 

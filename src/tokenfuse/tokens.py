@@ -15,7 +15,10 @@ Grid = tuple[int, int, int]
 Modality = Literal["image", "video"]
 
 
-@dataclass(frozen=True, eq=False)
+SHORT_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class VisualTokens:
     """The visual tokens that the LLM would read for one item, an image (``T = 1``) or a video.
 
@@ -25,7 +28,6 @@ class VisualTokens:
     ``coords``: ``(N, 3)`` long, the ``(t, h, w)`` of each token.
     ``saliency``: ``(N,)`` float, non-negative, for strategies that need it.
     ``text``: ``(n, D)`` prompt embeddings, for query-aware strategies.
-    ``timestamps``: ``(T,)`` seconds.
 
     Raises TokensError where shapes or dtypes do not fit together.
     """
@@ -35,7 +37,6 @@ class VisualTokens:
     coords: Int[Tensor, "N 3"]
     saliency: Float[Tensor, " N"] | None = None
     text: Float[Tensor, "n D"] | None = None
-    timestamps: Float[Tensor, " T"] | None = None
 
     def __post_init__(self) -> None:
         t, h, w = self.grid
@@ -57,7 +58,6 @@ class VisualTokens:
             "coords": (n, 3),
             "saliency": (n,),
             "text": ("n", self.features.shape[1]),
-            "timestamps": (t,),
         }
         for field, shape in expected.items():
             value = getattr(self, field)
@@ -80,7 +80,6 @@ class VisualTokens:
         *,
         saliency: Float[Tensor, " N"] | None = None,
         text: Float[Tensor, "n D"] | None = None,
-        timestamps: Float[Tensor, " T"] | None = None,
         check: bool = True,
     ) -> VisualTokens:
         """Tokens of a full grid from features ``(N, D)`` or ``(T, H, W, D)``.
@@ -99,7 +98,7 @@ class VisualTokens:
                     "and a width: pass (T, H, W, D)"
                 )
             features = features.flatten(0, 2)
-        tokens = cls(features, grid, grid_coords(grid, features.device), saliency, text, timestamps)
+        tokens = cls(features, grid, grid_coords(grid, features.device), saliency, text)
         if check:
             tokens.check_finite()
         return tokens
@@ -117,12 +116,22 @@ class VisualTokens:
             "vision tower's dtype (fp16 overflows where bf16 does not)"
         )
 
+    def __repr__(self) -> str:
+        t, h, w = self.grid
+        places = f"{t}×{h}×{w}"
+        if self.num_tokens != t * h * w:
+            places = f"{self.num_tokens} of {places}"
+        return f"{type(self).__name__}({places}, {describe_rows(self.features)})"
+
     @property
     def num_tokens(self) -> int:
         return self.features.shape[0]
 
     def after(self, survivors: Int[Tensor, " M"], features: Float[Tensor, "M D"]) -> VisualTokens:
-        """What a plan with these survivors leaves: their fused features, coords and saliency."""
+        """The tokens that a plan leaves, with the survivors' coords and saliency.
+
+        ``features``: the survivors' rows, fused.
+        """
         saliency = None if self.saliency is None else self.saliency[survivors]
         return replace(self, features=features, coords=self.coords[survivors], saliency=saliency)
 
@@ -157,3 +166,12 @@ def grid_coords(grid: Grid, device: torch.device | None = None) -> Int[Tensor, "
     t, h, w = grid
     index = torch.arange(t * h * w, device=device)
     return torch.stack([index // (h * w), index // w % h, index % w], dim=-1)
+
+
+def describe_rows(x: Float[Tensor, "N D"]) -> str:
+    """Width and dtype of ``x`` in a few characters, and its device where that is not the CPU."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    parts = [f"D={x.shape[-1]}", SHORT_DTYPES.get(dtype, dtype)]
+    if x.device.type != "cpu":
+        parts.append(str(x.device))
+    return ", ".join(parts)

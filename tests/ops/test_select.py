@@ -14,7 +14,7 @@ from tokenfuse.ops.select import budget
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 checked = jaxtyped(typechecker=beartype)
-first_argmax, true_indices = checked(select.first_argmax), checked(select.true_indices)
+true_indices = checked(select.true_indices)
 
 
 @given(st.integers(1, 1000), st.integers(1, 100_000))
@@ -36,15 +36,14 @@ def test_budget_keeps_at_least_one_and_at_most_all(ratio, n):
 
 
 @given(st.lists(st.lists(st.integers(-2, 2), min_size=5, max_size=5), min_size=1, max_size=5))
-def test_first_argmax_is_the_lowest_of_equals(rows):
-    expected = [row.index(max(row)) for row in rows]
-    assert first_argmax(torch.tensor(rows)).tolist() == expected
-    assert first_argmax(torch.tensor(rows, dtype=torch.float32)).tolist() == expected
-    assert first_argmax(torch.tensor(rows[0])).item() == expected[0]
-
-
-def test_first_argmax_of_nothing_but_minus_infinity_is_a_valid_index():
-    assert first_argmax(torch.full((3,), -math.inf)).item() == 0
+def test_torch_chooses_the_lowest_of_equals(rows):
+    greatest, least = ([row.index(f(row)) for row in rows] for f in (max, min))
+    for dtype in (torch.long, torch.float32):
+        x = torch.tensor(rows, dtype=dtype)
+        assert x.argmax(-1).tolist() == x.max(-1).indices.tolist() == greatest
+        assert x.argmin(-1).tolist() == least
+    nothing = torch.full((3,), -math.inf)
+    assert nothing.argmax(-1).item() == nothing.max(-1).indices.item() == 0
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40))

@@ -1,4 +1,4 @@
-"""The cosines that DivPrune, CDPruner and DART pick by, against their definition."""
+"""Cosines against their definition."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenfuse.ops import similarity as pairs
-from tokenfuse.ops.similarity import Cosines, unit
+from tokenfuse.ops.similarity import NO_MATCH, STEP, Cosines, cosine, rowwise, to_steps, unit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,3 +51,25 @@ def test_what_has_no_direction_in_fp32_is_blank_and_zero():
     batched, batch_blank = unit(x.view(5, 1, 2))
     assert torch.equal(batched[:, 0], units)
     assert torch.equal(batch_blank[:, 0], blank)
+
+
+@given(features(), st.sampled_from([NO_MATCH, 0.0]))
+def test_row_by_row_is_the_diagonal_of_every_pair(x, blank):
+    y = x.flip(0)
+    expected = definition(x).flip(1).diagonal()
+    exists = x.any(1) & y.any(1)
+    got = rowwise(x, y, blank)
+    assert got.dtype == torch.float32
+    assert (got[~exists] == blank).all()
+    torch.testing.assert_close(got[exists].double(), expected[exists], atol=STEP, rtol=0)
+    assert torch.equal(got, cosine(x[:, None], y[:, None], blank)[:, 0, 0])
+    assert torch.equal(got, to_steps(got)), "whole multiples of STEP"
+
+
+@given(st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=9))
+def test_steps_are_the_nearest_multiples(values):
+    x = torch.tensor(values)
+    before = x.clone()
+    rounded = to_steps(x)
+    assert torch.equal(x, before), "not in place"
+    assert rounded.tolist() == [round(value / STEP) * STEP for value in x.tolist()]

@@ -263,6 +263,12 @@ def test_it_wants_what_its_parts_want():
     assert ByModality(video=Query(), image=HoliTom(block=1)).wants() == Wants(Attention(1), True)
 
 
+def test_it_needs_the_grid_where_a_part_does():
+    assert ByModality(video=TTF()).needs_grid
+    assert ByModality(video=get_strategy("uniform"), image=VisionZip()).needs_grid
+    assert not ByModality(video=get_strategy("uniform")).needs_grid
+
+
 def test_it_compresses_a_model_s_prompt():
     model, inputs = model_of(), one_video()
     whole = {"video": {"strategy": "uniform", "keep_ratio": 0.25}, "image": "visionzip"}

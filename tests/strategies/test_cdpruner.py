@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tokenfuse.errors import TokensError
-from tokenfuse.ops.select import CHUNK
+from tokenfuse.ops import CHUNK
 from tokenfuse.ops.similarity import Cosines
 from tokenfuse.strategies import cdpruner
 from tokenfuse.strategies.cdpruner import DEPENDENT, CDPruner, greedy_map, relevance

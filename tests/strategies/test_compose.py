@@ -64,6 +64,8 @@ def test_a_chain_in_a_chain_needs_what_it_begins_with(inner):
     with pytest.raises(ConfigError, match="ttf needs every place of the grid"):
         get_strategy({"compose": ["uniform", {"compose": inner}]})
     chain = get_strategy({"compose": [{"compose": inner}, "uniform"], "keep_ratio": 0.2})
+    assert chain.needs_grid
+    assert not get_strategy({"compose": ["uniform", "attention"]}).needs_grid
     assert chain.compress(tokens_of((3, 4, 5))).plan.num_kept == 12
 
 

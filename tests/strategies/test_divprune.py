@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenfuse.ops.select import CHUNK
+from tokenfuse.ops import CHUNK
 from tokenfuse.ops.similarity import STEP
 from tokenfuse.strategies import divprune
 from tokenfuse.strategies.divprune import DivPrune, farthest_first

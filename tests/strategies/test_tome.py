@@ -10,8 +10,7 @@ from safetensors import safe_open
 from tokenfuse import VisualTokens, get_strategy
 from tokenfuse.errors import ConfigError
 from tokenfuse.ops import similarity
-from tokenfuse.ops.matching import weighted_mean
-from tokenfuse.strategies.tome import bipartite_soft_matching
+from tokenfuse.ops.matching import bipartite_soft_matching, weighted_mean
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -285,6 +285,29 @@ class KeepsOptionsToItself(Good):
         return {"strategy": self.name}
 
 
+class NeedsTheGrid(Good):
+    """And does not say so."""
+
+    caught_by: ClassVar[str] = "test_fewer_tokens_than_places_can_be_planned"
+
+    def score(self, tokens):
+        t, h, w = tokens.grid
+        frames = tokens.features.detach().double().view(t, h * w, -1)
+        return frames.square().sum(-1).flatten()
+
+
+class CountsPlaces(Good):
+    """And takes its budget of them, not of the tokens."""
+
+    caught_by: ClassVar[str] = "test_fewer_tokens_than_places_can_be_planned"
+
+    def plan(self, tokens):
+        count = self.num_kept(tokens.grid)
+        if count >= tokens.num_tokens:
+            return FusionPlan.identity(tokens.num_tokens)
+        return self.choose(tokens, count)
+
+
 class ComparesOneFrame(SeveralFrames):
     caught_by: ClassVar[str] = "test_an_image_passes_what_compares_frames"
 

@@ -1,11 +1,13 @@
-"""How much attention each token gets, from queries and keys, without the whole map.
+"""How much attention each visual token gets, from queries and keys, without the whole map.
 
-Queries and keys are ``(n, heads, d)``, rotated already, of which each frame is a run of
-``lengths[i]``. A frame begins with ``prefix`` tokens that are no patches, such as a class token;
-``group`` patches become one visual token: consecutive ones or, where a frame's patches are a raster
-of so many ``columns``, squares of them; what no square covers is in no token. Results are fp32, one
-value per visual token, in the order of patches or squares, means over heads that sum to 1 over each
-frame, or to 0 where a class token attends to nothing but the prefix.
+Queries and keys are ``(n, heads, d)`` after the rotary embedding, frame after frame, ``lengths[i]``
+rows each. A frame begins with ``prefix`` rows that are no patches, such as a class token. The other
+rows are its patches, of which ``group`` make one visual token: consecutive ones if ``columns`` is
+0, otherwise squares of a raster with so many columns. A patch that fills no square is in no token.
+
+Results are fp32, one value per visual token, in the order of the patches or squares: the mean over
+heads, scaled to a sum of 1 over each frame. The sum is 0 where a class token attends to nothing but
+the prefix.
 """
 
 from __future__ import annotations
@@ -17,8 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-CHUNK = 2**24
-"""Attention weights that are held at a time."""
+from tokenfuse.ops import CHUNK
 
 
 def attention_received(

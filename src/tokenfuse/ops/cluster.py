@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenfuse.ops.select import CHUNK, first_argmax
-from tokenfuse.ops.similarity import STEP
+from tokenfuse.ops import CHUNK
+from tokenfuse.ops.similarity import to_steps
 
 LARGE = 1e16
 """Features are clamped to this, so that fp32 holds their squares."""
 
 WORST = torch.finfo(torch.float32).min
-"""Score of a point at distance 0 of a denser one, above that of a point that is none."""
+"""Score of a valid point at distance 0 of a denser one, above the -inf of one that is not valid."""
 
 
 def density_peaks(
@@ -45,8 +45,8 @@ def nearest_centre(
 ) -> Int[Tensor, "F n"]:
     """Index of the centre of its row that each point is nearest to; a centre is its own.
 
-    The lowest index wins on ties; the last point where a row has no centre. Never synchronises with
-    the host; looks at CHUNK distances at a time.
+    The lowest index wins on ties; the first point where a row has no centre. Never synchronises
+    with the host; looks at CHUNK distances at a time.
     """
     own = torch.arange(points.shape[1], device=points.device)
     found = [
@@ -80,7 +80,7 @@ def _squared(x: Tensor, y: Tensor) -> Tensor:
     both = x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None, :]
     exponent = torch.frexp(both).exponent.clamp_min(-100)
     difference = torch.ldexp(both.baddbmm_(x, y.mT, alpha=-2), -exponent)
-    rounded = difference.div_(STEP).round_().clamp_min_(0).mul_(STEP / x.shape[-1])
+    rounded = to_steps(difference).clamp_min_(0).mul_(1 / x.shape[-1])
     return torch.ldexp(rounded, exponent)
 
 
@@ -122,5 +122,4 @@ def _scores(x: Tensor, valid: Tensor, neighbours: int) -> Tensor:
 
 def _nearest(x: Tensor, y: Tensor, centres: Tensor) -> Tensor:
     squared = _squared(x, y).masked_fill(~centres[:, None, :], torch.inf)
-    # A row without centres has nothing but -inf, whose first_argmax is a valid index.
-    return first_argmax(-squared)
+    return squared.argmin(-1)

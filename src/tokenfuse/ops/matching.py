@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from tokenfuse.ops.select import greatest_per_row, true_indices
+from tokenfuse.ops.select import true_indices
 from tokenfuse.ops.similarity import nearest_per_row
 from tokenfuse.plan import FusionPlan
 
@@ -38,7 +38,7 @@ def bipartite_soft_matching(
     even = protected + protected % 2
     odd = protected + 1 - protected % 2
     best, match = nearest_per_row(rows[:, even::2], rows[:, odd::2])
-    merged = greatest_per_row(best, r)
+    merged = torch.argsort(best, dim=-1, descending=True, stable=True)[:, :r]
     first = torch.arange(batch, device=device)[:, None] * n
     roots = own.scatter(
         0,

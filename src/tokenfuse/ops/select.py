@@ -8,24 +8,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-CHUNK = 2**24
-"""Similarities that are held at a time."""
-
 
 def budget(keep_ratio: float, n: int) -> int:
-    """⌈keep_ratio · n⌉ tokens, at least one; a ratio that means a whole number gives just that."""
-    # 0.55 * 100 is 55.000000000000007 in floating point: not a reason to keep 56.
+    """⌈keep_ratio · n⌉ tokens, at least one and at most ``n``."""
+    # 0.55 * 100 is 55.000000000000007 in floating point, which must not become 56.
     return max(1, min(n, math.ceil(keep_ratio * n - 1e-9)))
-
-
-def first_argmax(x: Tensor) -> Int[Tensor, "..."]:
-    """Index of the greatest entry of the last axis, the lowest on ties."""
-    index = torch.arange(x.shape[-1], device=x.device)
-    return torch.where(x == x.amax(-1, keepdim=True), index, x.shape[-1] - 1).amin(-1)
 
 
 def true_indices(mask: Bool[Tensor, " N"], count: int) -> Int[Tensor, " M"]:
     """The ``count`` positions where ``mask`` is true, ascending; the count is known beforehand."""
+    # torch.nonzero_static does the same, but not on every device of the oldest torch supported.
     return torch.argsort(mask.logical_not().to(torch.uint8), stable=True)[:count]
 
 
@@ -44,8 +36,3 @@ def top_per_row(scores: Float[Tensor, "R P"], counts: Int[Tensor, " R"]) -> Bool
 def spread(count: int, n: int, device: torch.device | None = None) -> Int[Tensor, " M"]:
     """``count`` of ``n`` indices, evenly spaced, ascending: the middles of equal parts."""
     return ((2 * torch.arange(count, device=device) + 1) * n) // (2 * count)
-
-
-def greatest_per_row(scores: Float[Tensor, "B n"], count: int) -> Int[Tensor, "B k"]:
-    """Indices of the ``count`` greatest scores of each row, best first; the lowest on ties."""
-    return torch.argsort(scores, dim=-1, descending=True, stable=True)[:, :count]

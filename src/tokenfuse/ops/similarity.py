@@ -8,19 +8,29 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenfuse.ops.select import CHUNK, first_argmax
+from tokenfuse.ops import CHUNK
 
 NO_MATCH = -2.0
 """Similarity of a token that matches nothing, below every cosine."""
 
-
 STEP = 2.0**-17
-"""Cosines are rounded to multiples of this, some ten times what fp32 gets wrong."""
+"""Cosines are rounded to multiples of this, some ten times what fp32 gets wrong.
+
+A power of two, so that dividing or multiplying by it is exact.
+"""
 
 
 def on_host(x: Tensor) -> bool:
-    """Whether ``x`` lies where reading a value waits for nothing."""
+    """Whether ``x`` is on the CPU, where reading a value waits for no device."""
     return x.device.type == "cpu"
+
+
+def to_steps(x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """``x`` rounded to multiples of STEP.
+
+    A tie is then a tie, whatever order the products behind it were summed in.
+    """
+    return (x / STEP).round_().mul_(STEP)
 
 
 def unit(x: Float[Tensor, "*n D"]) -> tuple[Float[Tensor, "*n D"], Bool[Tensor, "*n"]]:
@@ -34,11 +44,18 @@ def unit(x: Float[Tensor, "*n D"]) -> tuple[Float[Tensor, "*n D"], Bool[Tensor, 
     return torch.where(sound[..., None], wide / norm[..., None], 0.0), sound.logical_not()
 
 
-def cosine(queries: Float[Tensor, "F n D"], near: Float[Tensor, "R m D"]) -> Float[Tensor, "F n m"]:
-    """Cosine of each query with each of the ``m`` tokens of its frame (``R`` is 1 or ``F``), fp32.
+def _is_sound(norm: Tensor) -> Tensor:
+    """Whether fp32 holds the squares of vectors of this length, and they are not zero."""
+    return (norm > 1e-17) & (norm < 1e18)
 
-    Rounded to multiples of STEP, so that a tie is a tie whatever order the products are summed in.
-    NO_MATCH where either vector is zero, or so small or large that fp32 cannot hold its square.
+
+def cosine(
+    queries: Float[Tensor, "F n D"], near: Float[Tensor, "R m D"], blank: float = NO_MATCH
+) -> Float[Tensor, "F n m"]:
+    """Cosine of each query with each of the ``m`` tokens of its frame (``R`` is 1 or ``F``).
+
+    fp32, rounded to multiples of STEP. Where either vector is blank, as ``unit`` has it, the cosine
+    is ``blank``.
     """
     q, r = queries.to(torch.float32), near.to(torch.float32)
     q_norm, r_norm = torch.linalg.vector_norm(q, dim=-1), torch.linalg.vector_norm(r, dim=-1)
@@ -46,26 +63,16 @@ def cosine(queries: Float[Tensor, "F n D"], near: Float[Tensor, "R m D"]) -> Flo
         dots = (q.flatten(0, 1) @ r[0].T).view(q.shape[0], q.shape[1], r.shape[1])
     else:
         dots = q @ r.mT
-    similar = (dots / q_norm[:, :, None] / r_norm[:, None, :]).div_(STEP).round_().mul_(STEP)
+    similar = to_steps(dots.div_(q_norm[:, :, None]).div_(r_norm[:, None, :]))
     exists = _is_sound(q_norm)[:, :, None] & _is_sound(r_norm)[:, None, :]
-    return torch.where(exists, similar, NO_MATCH)
+    return torch.where(exists, similar, blank)
 
 
-def _is_sound(norm: Tensor) -> Tensor:
-    return (norm > 1e-17) & (norm < 1e18)
-
-
-def likeness(
-    frames: Float[Tensor, "F n D"], others: Float[Tensor, "R m D"]
-) -> Float[Tensor, "F n m"]:
-    """``cosine``, fp32 and rounded as there, but 0 where a vector is zero."""
-    similar = cosine(frames, others)
-    return torch.where(similar == NO_MATCH, 0, similar)
-
-
-def pairwise_likeness(x: Float[Tensor, "n D"], y: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
-    """``likeness`` of each row of ``x`` with the same row of ``y``."""
-    return likeness(x[:, None], y[:, None])[:, 0, 0]
+def rowwise(
+    x: Float[Tensor, "n D"], y: Float[Tensor, "n D"], blank: float = NO_MATCH
+) -> Float[Tensor, " n"]:
+    """``cosine`` of each row of ``x`` with the same row of ``y``."""
+    return cosine(x[:, None], y[:, None], blank)[:, 0, 0]
 
 
 def nearest(
@@ -78,7 +85,8 @@ def nearest(
     found = []
     for part in queries.split(max(1, CHUNK // keys.shape[0])):
         similar = cosine(part[None], keys[None])[0]
-        found.append((similar.amax(-1), first_argmax(similar)))
+        # max returns the first of equals.
+        found.append(similar.max(-1))
     best, index = zip(*found, strict=True)
     return torch.cat(best), torch.cat(index)
 
@@ -86,7 +94,7 @@ def nearest(
 def nearest_per_row(
     queries: Float[Tensor, "B n D"], keys: Float[Tensor, "B m D"]
 ) -> tuple[Float[Tensor, "B n"], Int[Tensor, "B n"]]:
-    """The greatest cosine of each query with a key of its row, fp32, and which; lowest on ties.
+    """``nearest`` for each of ``B`` batch rows, whose queries meet the keys of their row only.
 
     A zero vector matches nothing: similarity NO_MATCH and key 0.
     """
@@ -107,11 +115,6 @@ def nearest_per_row(
 
 ROWS = 512
 """Rows of a block: large enough for a fast product, small enough to waste little."""
-
-
-def in_steps(cosines: Tensor) -> Tensor:
-    """Whole multiples of STEP, so that a tie is a tie whatever order products are summed in."""
-    return (cosines / STEP).round_()
 
 
 class Cosines:

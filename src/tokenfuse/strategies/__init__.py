@@ -11,5 +11,15 @@ from tokenfuse.strategies._base import (
     Strategy,
     Wants,
 )
+from tokenfuse.strategies._fields import KeepRatio
 
-__all__ = ["Attending", "Attention", "Budgeted", "Compressed", "Scored", "Strategy", "Wants"]
+__all__ = [
+    "Attending",
+    "Attention",
+    "Budgeted",
+    "Compressed",
+    "KeepRatio",
+    "Scored",
+    "Strategy",
+    "Wants",
+]

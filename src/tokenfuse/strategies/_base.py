@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from tokenfuse.errors import ConfigError
 from tokenfuse.ops.select import budget, top
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._fields import KeepRatio, VisionBlock
-from tokenfuse.tokens import Grid, Modality, VisualTokens
+from tokenfuse.tokens import Grid, Modality, VisualTokens, describe_rows
 
 Stage = Literal["vision", "pre_llm", "llm"]
 Need = Literal["grid", "saliency", "text"]
@@ -38,20 +38,32 @@ class Attention(NamedTuple):
 
 @dataclass(frozen=True)
 class Wants:
-    """What one configured strategy asks the adapter for, beside features."""
+    """What one configured strategy needs of the adapter, beside features.
+
+    ``attention``: the attention that ``tokens.saliency`` has to be, or None for no saliency.
+    ``text``: whether ``tokens.text`` has to be there.
+    """
 
     attention: Attention | None = None
     text: bool = False
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Compressed:
-    """What is left of one item: features ``(M, D)``, coords ``(M, 3)``, sizes ``(M,)``, plan."""
+    """What is left of one item.
+
+    ``features (M, D)``: one row per survivor, fused. ``coords (M, 3)``: where the survivors stand.
+    ``sizes (M,)``: how many source tokens each stands for. ``plan``: what made them.
+    """
 
     features: Float[Tensor, "M D"]
     coords: Int[Tensor, "M 3"]
     sizes: Int[Tensor, " M"]
     plan: FusionPlan
+
+    def __repr__(self) -> str:
+        kept = f"{self.plan.num_kept} of {self.plan.num_source} kept"
+        return f"{type(self).__name__}({kept}, {describe_rows(self.features)})"
 
 
 class Strategy(BaseModel, ABC):
@@ -91,8 +103,13 @@ class Strategy(BaseModel, ABC):
         )
 
     def wants(self) -> Wants:
-        """What the adapter has to compute for this configuration."""
+        """What the adapter has to supply for this configuration."""
         return Wants(Attention() if "saliency" in self.needs else None, "text" in self.needs)
+
+    @property
+    def needs_grid(self) -> bool:
+        """Whether every place of the grid has to be there, so that it comes first in a chain."""
+        return "grid" in self.needs
 
     def for_modality(self, modality: Modality) -> Strategy | None:
         """The strategy for images or for videos; None where they are left as they are."""
@@ -109,6 +126,22 @@ class Strategy(BaseModel, ABC):
     def describe(self) -> dict[str, Any]:
         """The configuration that makes this strategy again, ``{"strategy": name, ...}``."""
         return {"strategy": self.name, **self.model_dump(mode="json")}
+
+    def __str__(self) -> str:
+        """The name, and the options that are not at their defaults."""
+        changed = [
+            f"{option}={_short(value)}"
+            for option, field in type(self).model_fields.items()
+            if (value := getattr(self, option)) != field.get_default(call_default_factory=True)
+        ]
+        return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+
+def _short(value: Any) -> str:
+    """An option's value; strategies in it by their names."""
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_short, value))}]"
+    return str(value)
 
 
 class Budgeted(Strategy):
@@ -193,4 +226,4 @@ class Attending(Budgeted):
     block: VisionBlock = -1
 
     def wants(self) -> Wants:
-        return Wants(Attention(self.block, self.query))
+        return replace(super().wants(), attention=Attention(self.block, self.query))

@@ -18,12 +18,12 @@ from torch import Tensor
 from tokenfuse.ops.apportion import apportion
 from tokenfuse.ops.cluster import density_peaks, nearest_centre
 from tokenfuse.ops.select import top_per_row, true_indices
-from tokenfuse.ops.similarity import cosine
+from tokenfuse.ops.similarity import rowwise
 from tokenfuse.plan import DROPPED, FusionPlan
 
 
 def share_out(total: int, weights: list[int], most: list[int] | int, least: int = 0) -> list[int]:
-    """``apportion`` for numbers that the host knows."""
+    """``apportion`` for Python numbers, on the CPU."""
     if not weights:
         return []
     caps = most if isinstance(most, int) else torch.tensor(most, device="cpu")
@@ -116,7 +116,7 @@ class Windows:
             kept[span.start] |= centres
             root[inside] = torch.where(still, places_of + first, root[inside])
             for frame in span[1:] if extra else []:
-                similar = cosine(frames[frame, :, None], mean[:, None]).flatten()
+                similar = rowwise(frames[frame], mean)
                 likeness[frame] = torch.where(still, similar, likeness[frame])
         if extra:
             alone = torch.argsort(likeness.flatten(), stable=True)[:extra]
@@ -131,9 +131,10 @@ def cluster_rows(
     counts: list[int],
     neighbours: int,
 ) -> tuple[Bool[Tensor, "F n"], Int[Tensor, "F n"]]:
-    """``counts[i]`` density-peak centres of each row's valid points, and each point's centre.
+    """``counts[i]`` density-peak centres of the valid points of row ``i``.
 
-    -1 is the centre of points that are not valid, and of those in rows without one.
+    Returns which points are centres, and the index in its row of the centre that each point belongs
+    to: -1 for a point that is not valid, or in a row of count 0.
     """
     centres = torch.zeros_like(valid)
     home = torch.full(valid.shape, DROPPED, dtype=torch.long, device=points.device)

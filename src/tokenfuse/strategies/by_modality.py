@@ -26,9 +26,12 @@ from tokenfuse.tokens import Grid, Modality, VisualTokens
 Part = Annotated[Strategy | None, WithJsonSchema({"anyOf": [*PART, {"type": "null"}]})]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PartPlan(FusionPlan):
-    """A plan with the strategy that made it, and as that one made it."""
+    """A plan that remembers the strategy that made it.
+
+    ``part``: that strategy. ``made``: its own plan, by which it fuses.
+    """
 
     part: Strategy
     made: FusionPlan
@@ -40,8 +43,8 @@ class ByModality(Strategy):
     In YAML ``video: ttf`` and ``image: {strategy: visionzip, keep_ratio: 0.5}``, by names, presets,
     files or mappings. A modality that is left out is left as it is.
 
-    In a model's prompt the prompt says what is an image. On bare tensors an item of one frame is
-    one, and every other item a video.
+    In a model's prompt the placeholders say what is an image. On bare tensors an item of one frame
+    is an image, and every other item is a video.
 
     Synchronises with the host as often as its parts do.
     """
@@ -108,13 +111,17 @@ class ByModality(Strategy):
         )
 
     def wants(self) -> Wants:
-        """All that its parts want of one item; where they read different vision blocks, the first.
+        """What its parts need together; where they read different vision blocks, the first one's.
 
-        Who knows an item's modality asks its part instead.
+        Ask the part of an item's modality instead where the modality is known.
         """
         each = [part.wants() for part in self._parts]
         attention = next((wants.attention for wants in each if wants.attention), None)
         return Wants(attention, any(wants.text for wants in each))
+
+    @property
+    def needs_grid(self) -> bool:
+        return any(part.needs_grid for part in self._parts)
 
     def num_kept(self, grid: Grid) -> int | None:
         part = self._for_grid(grid)

@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import threshold
 
-from tokenfuse.ops.select import CHUNK, budget, top
-from tokenfuse.ops.similarity import STEP, Cosines, in_steps, unit
+from tokenfuse.ops import CHUNK
+from tokenfuse.ops.select import budget, top
+from tokenfuse.ops.similarity import Cosines, to_steps, unit
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.strategies._fields import KeepRatio
@@ -100,7 +101,7 @@ def relevance(units: Float[Tensor, "N D"], text: Float[Tensor, "n D"]) -> Float[
     """Cosine of each token with the mean of ``text``, scaled to (0, 1]; 1 where it is constant."""
     # A sum has the direction of the mean, and is 0 where there is no text.
     prompt, _ = unit(text.sum(0, keepdim=True, dtype=torch.float32))
-    similar = in_steps(units @ prompt[0]) * STEP
+    similar = to_steps(units @ prompt[0])
     least, most = torch.aminmax(similar)
     return (similar - least + EPSILON) / (most - least + EPSILON)
 
@@ -121,7 +122,7 @@ def greedy_map(
     picks = torch.empty(rounds, dtype=torch.long, device=weight.device)
     gains = weight.new_empty(rounds)
     for i in range(rounds):
-        new = threshold(in_steps(left), DEPENDENT / STEP, 0)
+        new = threshold(to_steps(left), DEPENDENT, 0)
         # Of equals, argmax is the first.
         pick = (weight * new).argmax(0, keepdim=True)
         own = left.index_select(0, pick)

@@ -25,9 +25,12 @@ from tokenfuse.strategies._parts import PART, check_part, load_part
 from tokenfuse.tokens import Grid, VisualTokens
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ChainedPlan(FusionPlan):
-    """The plans of a chain as one, and each of them for the survivors of the one before."""
+    """All plans of a chain as one.
+
+    ``steps``: the plan of each strategy, for the survivors of the one before.
+    """
 
     steps: tuple[FusionPlan, ...]
 
@@ -69,12 +72,11 @@ class Compose(Strategy):
         for step in steps:
             check_part(step)
         for step in steps[1:]:
-            if "grid" in _first(step).needs:
+            if step.needs_grid:
                 raise ValueError(
                     f"{_first(step).name} needs every place of the grid, so it can only come first"
                 )
-        asked = {wants.attention for wants in (step.wants() for step in steps)} - {None}
-        if len(asked) > 1:
+        if len({step.wants().attention for step in steps} - {None}) > 1:
             raise ValueError("its steps read the attention of different vision blocks; set one")
         return steps
 
@@ -93,6 +95,10 @@ class Compose(Strategy):
         each = [step.wants() for step in self.compose]
         attention = next((wants.attention for wants in each if wants.attention), None)
         return Wants(attention, any(wants.text for wants in each))
+
+    @property
+    def needs_grid(self) -> bool:
+        return self.compose[0].needs_grid
 
     @torch.no_grad()
     def plan(self, tokens: VisualTokens) -> ChainedPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenfuse.ops.select import true_indices
-from tokenfuse.ops.similarity import STEP, in_steps, unit
+from tokenfuse.ops.similarity import to_steps, unit
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need, Wants
 from tokenfuse.strategies._fields import KeepRatio
@@ -48,7 +49,7 @@ class DART(Budgeted):
     text_pivots: int = Field(4, ge=0, description="prompt tokens to compare all others with")
 
     def wants(self) -> Wants:
-        return Wants(text=self.text_pivots > 0)
+        return replace(super().wants(), text=self.text_pivots > 0)
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
         units, blank = unit(tokens.features)
@@ -59,7 +60,7 @@ class DART(Budgeted):
             prompt = text[_greatest(text, self.text_pivots)]
             pivots = torch.cat([pivots, unit(prompt)[0]])
         # Beyond every cosine: nothing is less welcome than a blank token.
-        cosines = in_steps(pivots @ units.T).masked_fill(blank, 2 / STEP)
+        cosines = to_steps(pivots @ units.T).masked_fill(blank, 2)
         share, more = divmod(count - own.shape[0], pivots.shape[0])
         taken = torch.zeros_like(blank).index_fill(0, own, True)
         for i, row in enumerate(cosines):

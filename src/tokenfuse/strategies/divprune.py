@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tokenfuse.ops.select import CHUNK, budget
-from tokenfuse.ops.similarity import STEP, Cosines, in_steps
+from tokenfuse.ops import CHUNK
+from tokenfuse.ops.select import budget
+from tokenfuse.ops.similarity import Cosines, to_steps
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted
 from tokenfuse.strategies._fields import KeepRatio
@@ -56,14 +57,14 @@ class DivPrune(Budgeted):
 def farthest_first(x: Float[Tensor, "N D"], count: int) -> Int[Tensor, " M"]:
     """The ``count`` tokens that DivPrune picks, in the order it picks them."""
     cosines = Cosines(x, hold=x.shape[0] ** 2 <= CHUNK)
-    # Cosine, in steps, with the nearest token picked; nothing is nearer than a blank one.
+    # Cosine with the nearest token picked; nothing is nearer than a blank one.
     closest = torch.full_like(cosines.units[:, 0], -torch.inf)
-    closest.masked_fill_(cosines.blank, 2 / STEP)
+    closest.masked_fill_(cosines.blank, 2)
     picks = torch.empty(count, dtype=torch.long, device=x.device)
-    pick = torch.maximum(closest, in_steps(cosines.nearest())).argmin(0, keepdim=True)
+    pick = torch.maximum(closest, to_steps(cosines.nearest())).argmin(0, keepdim=True)
     picks[:1] = pick
     for i in range(1, count):
-        closest = torch.maximum(closest, in_steps(cosines.row(pick)))
+        closest = torch.maximum(closest, to_steps(cosines.row(pick)))
         closest.index_fill_(0, pick, torch.inf)
         # Of equals, argmin is the first.
         pick = closest.argmin(0, keepdim=True)

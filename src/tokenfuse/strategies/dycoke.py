@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenfuse.ops.select import spread, true_indices
-from tokenfuse.ops.similarity import pairwise_likeness
+from tokenfuse.ops.similarity import rowwise
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.tokens import Grid, VisualTokens
@@ -100,7 +100,7 @@ def _least_similar(frames: Tensor, later: Tensor, count: int) -> Bool[Tensor, "L
     """``count`` places of the frames ``later``, of each the same number as far as that goes."""
     # The third frame of a window looks past the second.
     earlier = torch.where(later % WINDOW == 2, later - 2, later - 1)
-    similar = pairwise_likeness(frames[later].flatten(0, 1), frames[earlier].flatten(0, 1))
+    similar = rowwise(frames[later].flatten(0, 1), frames[earlier].flatten(0, 1), blank=0.0)
     similar = similar.view(-1, frames.shape[1])
     each = max(1, count // max(1, later.shape[0]))
     ranks = torch.argsort(torch.argsort(similar, dim=-1, stable=True), dim=-1)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenfuse.ops.similarity import pairwise_likeness
+from tokenfuse.ops.similarity import rowwise
 from tokenfuse.strategies._base import Need, Scored
 from tokenfuse.strategies._fields import KeepRatio
 from tokenfuse.tokens import Grid, VisualTokens
@@ -44,7 +44,7 @@ class EVS(Scored):
     def score(self, tokens: VisualTokens) -> Float[Tensor, " N"]:
         frames = tokens.frames
         now, before = frames[1:].flatten(0, 2), frames[:-1].flatten(0, 2)
-        change = 1 - pairwise_likeness(now, before)
+        change = 1 - rowwise(now, before, blank=0.0)
         first = change.new_full((tokens.num_tokens - change.shape[0],), math.inf)
         return torch.cat([first, change])
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenfuse.ops.select import top_per_row, true_indices
-from tokenfuse.ops.similarity import cosine, nearest
+from tokenfuse.ops.similarity import nearest, rowwise
 from tokenfuse.plan import DROPPED, FusionPlan
 from tokenfuse.strategies._base import Attending, Need, Query
 from tokenfuse.strategies._fields import KeepRatio
@@ -77,7 +77,7 @@ class FastVID(Attending):
         t, places = frames.shape[:2]
         means = frames.mean(1, dtype=torch.float32)
         # The one host synchronisation.
-        similar = cosine(means[:-1, None], means[1:, None]).flatten().tolist()
+        similar = rowwise(means[:-1], means[1:]).tolist()
         share = self._share(similar, count, places)
 
         saliency = tokens.demand("saliency").to(torch.float32).view(t, places)

@@ -19,12 +19,12 @@ from tokenfuse.strategies._windows import Windows
 from tokenfuse.tokens import VisualTokens
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CentredPlan(FusionPlan):
-    """A plan that knows which tokens are a survivor itself and which joined it.
+    """A plan that tells the core of each survivor from the tokens that joined it.
 
-    ``core``: ``(N,)``, true for the tokens whose mean is the survivor before others joined: itself,
-    and for a place that stands still the same place in the other frames of its window.
+    ``core``: ``(N,)``, true for the survivor itself and, where its place stands still, for the
+    tokens of that place in the other frames of its window.
     """
 
     core: Bool[Tensor, " N"]
@@ -33,7 +33,7 @@ class CentredPlan(FusionPlan):
         """``beta`` · the mean of the core + (1 − ``beta``) · the mean of what joined it."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         core, others = self._mean(wide, self.core), self._mean(wide, ~self.core)
-        # Nothing joined, or has a say: the sum would round.
+        # Without others, or their weight, a survivor is its core: the weighted sum would round.
         alone = self.count(~self.core) == 0 if beta < 1 else torch.ones_like(self.survivors).bool()
         return torch.where(alone[:, None], core, beta * core + (1 - beta) * others).to(x.dtype)
 

@@ -10,19 +10,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.ops.select import CHUNK, true_indices
-from tokenfuse.ops.similarity import NO_MATCH, STEP, cosine, nearest, unit
+from tokenfuse.ops import CHUNK
+from tokenfuse.ops.select import true_indices
+from tokenfuse.ops.similarity import NO_MATCH, STEP, nearest, rowwise, unit
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.tokens import Grid, VisualTokens
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ComponentPlan(FusionPlan):
-    """A plan with the components that gave each survivor the feature which it starts from.
+    """A plan that remembers the components whose means its survivors start from.
 
-    ``within``: tokens into the components of their frames. ``across``: those into the components of
-    all frames. ``order (M,)``: which of these each survivor stands for.
+    ``within``: the plan that puts tokens into the components of their frames. ``across``: the plan
+    that puts those into components over all frames. ``order (M,)``: the component over all frames
+    that each survivor stands for.
     """
 
     within: FusionPlan
@@ -107,7 +109,7 @@ def _representatives(x: Tensor, y: Tensor, component: Tensor) -> tuple[Tensor, T
     n, device = x.shape[0], x.device
     best, slots = nearest(x, y)
     slots = torch.where(best == NO_MATCH, component, slots)
-    own = cosine(x[:, None], y[component][:, None])[:, 0, 0]
+    own = rowwise(x, y[component])
     greatest = own.new_full((y.shape[0],), -inf).scatter_reduce(0, component, own, "amax")
     index = torch.arange(n, device=device)
     candidates = torch.where(own == greatest[component], index, n)

@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.ops.select import CHUNK, top, true_indices
+from tokenfuse.ops import CHUNK
+from tokenfuse.ops.select import top, true_indices
 from tokenfuse.ops.similarity import NO_MATCH, STEP, nearest_per_row, unit
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted
@@ -84,7 +85,7 @@ class MergeRound:
         return self.plan.select(x), self.plan.select(mass)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SoftPlan(FusionPlan):
     """A plan with the rounds of soft merging that it sums up.
 
@@ -94,7 +95,7 @@ class SoftPlan(FusionPlan):
     rounds: tuple[MergeRound, ...]
 
     def merged(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The survivors' features, wide, and the possibly broken number of tokens in each."""
+        """The survivors' features, wide, and how many tokens each holds, fractions included."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mass = wide.new_ones(wide.shape[0])
         for step in self.rounds:

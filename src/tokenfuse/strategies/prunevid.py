@@ -6,11 +6,11 @@ from itertools import groupby
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.ops.similarity import STEP
+from tokenfuse.ops.similarity import to_steps, unit
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.strategies._fields import Neighbours
@@ -117,11 +117,9 @@ def steadiness(frames: Float[Tensor, "W P D"]) -> Float[Tensor, " P"]:
     total = torch.zeros(frames.shape[1:], device=frames.device)
     number = torch.zeros(frames.shape[1], device=frames.device)
     for frame in frames:
-        wide = frame.to(torch.float32)
-        norm = torch.linalg.vector_norm(wide, dim=-1)
-        sound: Bool[Tensor, " P"] = (norm > 1e-17) & (norm < 1e18)
-        total += torch.where(sound[:, None], wide / norm[:, None], 0)
-        number += sound
+        units, blank = unit(frame)
+        total += units
+        number += ~blank
     pairs = max(1, len(frames) * (len(frames) - 1))
     mean = (total.square().sum(-1) - number) / pairs
-    return (mean / STEP).round() * STEP
+    return to_steps(mean)

@@ -19,8 +19,6 @@ from tokenfuse.tokens import Grid, VisualTokens
 
 Merges = Annotated[int, Field(ge=0, strict=True)]
 
-__all__ = ["ToMe", "bipartite_soft_matching"]
-
 
 class ToMe(Budgeted, VitStrategy):
     """Fuse every second token that resembles another most, round by round.

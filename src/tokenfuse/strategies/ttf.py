@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from tokenfuse.errors import ConfigError
-from tokenfuse.ops.select import first_argmax, true_indices
+from tokenfuse.ops.select import true_indices
 from tokenfuse.ops.similarity import STEP, cosine, on_host
 from tokenfuse.ops.window import moved_alike, window_match
 from tokenfuse.plan import FusionPlan, Reduce
@@ -199,7 +199,7 @@ class _Matches:
         if anchor == "first" or self.chained:
             return self.index[:1]
         if anchor == "auto":
-            return first_argmax(self._closeness.sum(-1))[None]
+            return self._closeness.sum(-1).argmax(-1, keepdim=True)
         if anchor >= frames:
             raise ConfigError(
                 f"anchor: {anchor} is not a frame of a video of {frames} temporal patches; "
@@ -244,7 +244,7 @@ class _Matches:
         score = torch.zeros_like(segment)
         if self.config.anchor != "first":
             score = torch.where(same, self._closeness, 0).sum(-1)
-        anchor = first_argmax(torch.where(same, score, torch.iinfo(torch.long).min))
+        anchor = torch.where(same, score, torch.iinfo(torch.long).min).argmax(-1)
         self.anchor_of = torch.where(segment > 0, anchor, self.anchor_of)
         self._match(self.anchor_of)
 
@@ -279,6 +279,6 @@ class _Matches:
         absorbed = torch.zeros_like(self.match[0]).index_add(0, place, torch.ones_like(place))
         chosen = torch.argsort(absorbed, descending=True, stable=True)[:count].sort().values
         frame = self.frames.index_select(0, self.anchor_of[:1]).flatten(1, 2)
-        heir = chosen[first_argmax(cosine(frame, frame[:, chosen])[0])]
+        heir = chosen[cosine(frame, frame[:, chosen])[0].argmax(-1)]
         heir = heir.scatter(0, chosen, chosen)
         return FusionPlan.from_roots(chosen + first, heir[place] + first)

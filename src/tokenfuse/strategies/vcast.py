@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenfuse.ops.apportion import apportion
 from tokenfuse.ops.select import top_per_row, true_indices
-from tokenfuse.ops.similarity import STEP, likeness, pairwise_likeness
+from tokenfuse.ops.similarity import STEP, cosine, rowwise, to_steps
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.strategies._fields import KeepRatio
@@ -60,7 +60,7 @@ class VCast(Budgeted):
         weights = torch.softmax(_curvature(means) / self.temperature, dim=0)
         counts = apportion(weights, count, frames.shape[1], least=1)
 
-        unlike = 1 - likeness(frames, means[:, None])[..., 0]
+        unlike = 1 - cosine(frames, means[:, None], blank=0.0)[..., 0]
         kept = top_per_row(unlike + _relative_length(frames), counts)
         return FusionPlan.from_survivors(true_indices(kept.flatten(), count), tokens.num_tokens)
 
@@ -74,7 +74,7 @@ def _curvature(means: Float[Tensor, "T D"]) -> Float[Tensor, " T"]:
     moved = torch.linalg.vector_norm(steps, dim=-1, keepdim=True) > STILL
     steps = torch.where(moved, steps, 0)
     ends = means.new_ones(1)
-    bends = 1 - pairwise_likeness(steps[:-1], steps[1:])
+    bends = 1 - rowwise(steps[:-1], steps[1:], blank=0.0)
     return torch.cat([ends, bends, ends])[: means.shape[0]]
 
 
@@ -84,4 +84,4 @@ def _relative_length(frames: Float[Tensor, "T P D"]) -> Float[Tensor, "T P"]:
     least, greatest = length.aminmax(dim=-1, keepdim=True)
     differs = greatest - least > STEP * greatest
     share = (length - least) / torch.where(differs, greatest - least, 1)
-    return torch.where(differs, share, 0).div_(STEP).round_().mul_(STEP)
+    return to_steps(torch.where(differs, share, 0))

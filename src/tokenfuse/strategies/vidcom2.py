@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenfuse.ops.select import top_per_row
-from tokenfuse.ops.similarity import STEP
+from tokenfuse.ops.similarity import to_steps
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.strategies._fields import KeepRatio
@@ -93,4 +93,4 @@ def _closeness(x: Float[Tensor, "T P C"], centre: Float[Tensor, "#T 1 C"]) -> Fl
     """A sum of Gaussians of the distance to ``centre``, rounded to multiples of STEP."""
     distance = (x - centre).square().sum(-1)
     close = torch.stack([torch.exp(distance / (-2 * width)) for width in WIDTHS])
-    return close.sum(0).div_(STEP).round_().mul_(STEP)
+    return to_steps(close.sum(0))

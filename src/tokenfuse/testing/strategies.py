@@ -121,7 +121,7 @@ def _cases(draw: st.DrawFn) -> Case:
 
 
 class _Made:
-    """A strategy, tokens and what it makes of them, on first use."""
+    """A strategy, tokens, and what the strategy makes of them, each made on first use."""
 
     def __init__(self, kit: StrategyConformance, case: Case) -> None:
         ratio = case.keep_ratio if kit._budgeted else None
@@ -510,6 +510,35 @@ class StrategyConformance:
                 assert torch.equal(out.features, tokens.features), f"features changed, {case}"
                 assert strategy.num_kept(grid) == 15, f"num_kept is not all of an image, {case}"
                 assert strategy.matching_flops(grid, WIDTH) == 0, f"nothing is compared, {case}"
+
+    def test_fewer_tokens_than_places_can_be_planned(self) -> None:
+        """Else a chain breaks off at this strategy, and nothing said that it has to come first.
+
+        A strategy that needs every place of the grid says so: ``needs = frozenset({"grid"})``.
+        """
+        if self.make().needs_grid:
+            pytest.skip("it needs every place of the grid")
+        whole = tokens_of((6, 4, 4))
+        index = torch.arange(0, whole.num_tokens, 3)
+        few, full = whole.after(index, whole.features[index]), tokens_of((2, 4, 4))
+        assert few.num_tokens == full.num_tokens
+        for options in self._options(0.3, 1.0):
+            strategy = self.make(**options)
+            case = f"{few.num_tokens} tokens on grid {few.grid}, with {options}"
+            try:
+                plan = _plan(strategy, few)
+                fused = strategy.fuse(plan, few.features)
+            except Exception as error:
+                raise AssertionError(
+                    f"{type(error).__name__} for {case}: {error}; say that it needs the grid, or "
+                    "take places from tokens.coords"
+                ) from error
+            assert fused.shape == (plan.num_kept, WIDTH)
+            if "keep_ratio" in options and self.exact:
+                expected = self._plan(full, options).num_kept
+                assert plan.num_kept == expected, (
+                    f"{plan.num_kept} stay of {case}; of a full grid of as many, {expected}"
+                )
 
     # How the above is found out
 
