@@ -1,34 +1,45 @@
-# On a fresh machine `make demo` and `make test` do all the set-up themselves.
+# On a fresh machine `make demo` and `make test` do all the set-up themselves, in versions that are
+# known to work together.
 #
-#   make demo PYTHON=python3.13           another interpreter
-#   make test CONSTRAINTS=.ci/constraints.txt   the exact versions that CI uses
-#   make test ARGS="-k ttf -x"            arguments for pytest (or, with demo, for tokenfuse run)
+#   make demo PYTHON=python3.13    another interpreter
+#   make test CONSTRAINTS=         the newest versions
+#   make test ARGS="-k ttf -x"     arguments for pytest (or, with demo, for tokenfuse run)
+#   make test JOBS=0               in one process, as a debugger needs it
 
 PYTHON ?= python3
 VENV ?= .venv
-CONSTRAINTS ?=
+CONSTRAINTS ?= .ci/constraints.txt
+EXTRAS ?= test
+JOBS ?= auto
 ARGS ?=
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --editable
+NEWEST := --upgrade --upgrade-strategy eager
+INSTALL := $(BIN)/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS),$(NEWEST)) --editable
+# A worker for each core. Its tensors are tiny, so that a second thread would only keep the first
+# waiting. Tests of one class or module stay together, and share its models.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadscope
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-lowest lint docs clean help
+.PHONY: demo test test-all test-lowest lint docs clean help FORCE
 
 demo: $(VENV)/.installed ## answer a question about a video, with and without compression
 	$(BIN)/tokenfuse run $(ARGS)
 
-test: $(VENV)/.installed-test ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.installed-$(EXTRAS) ## run the tests
+	$(PYTEST) $(ARGS)
+
+test-all: $(VENV)/.installed-$(EXTRAS) ## run the tests on every family in full, with more examples
+	$(PYTEST) --full $(ARGS)
 
 # Beside the installed release, which it hides, so that nothing else has to be installed again. The
 # pipeline of the oldest release logs a deprecation of its own.
 LOWEST := $(VENV)/lowest
-test-lowest: $(VENV)/.installed-test ## run the adapters' tests on the oldest transformers
+test-lowest: $(VENV)/.installed-$(EXTRAS) ## run the adapters' tests on the oldest transformers
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(LOWEST) \
 	    transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml).0
-	PYTHONPATH=$(LOWEST) $(BIN)/python -m pytest tests/adapters/test_conformance.py tests/adapters/test_oracle.py \
+	PYTHONPATH=$(LOWEST) $(PYTEST) tests/adapters/test_conformance.py tests/adapters/test_oracle.py \
 	    tests/prompt/test_prompts.py tests/sessions/test_attach.py tests/adapters/test_llava.py tests/adapters/test_saliency.py \
 	    --deselect tests/sessions/test_attach.py::test_a_stock_pipeline_gives_the_text_of_compress_and_generate \
 	    $(ARGS)
@@ -53,11 +64,14 @@ $(BIN)/python:
 	    f"tokenfuse needs Python 3.11 or newer, $(PYTHON) is {v}: try make PYTHON=python3.13")'
 	$(PYTHON) -m venv $(VENV)
 
-# A stamp file per set of extras: pip runs again only when the dependencies change.
-$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+# A stamp file per set of extras: pip runs again only when the dependencies or the versions change.
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) $(VENV)/.versions
 	$(INSTALL) .
 	@touch $@
 
-$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) $(VENV)/.versions
 	$(INSTALL) ".[$*]"
 	@touch $@
+
+$(VENV)/.versions: FORCE | $(BIN)/python
+	@echo '$(CONSTRAINTS)' | cmp -s - $@ || echo '$(CONSTRAINTS)' >$@

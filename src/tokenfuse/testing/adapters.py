@@ -87,8 +87,8 @@ DROPS = {
     "99 %": Drop(reduction=0.99),
     "whole frames": Drop(reduction=0.1, frames=True),
 }
-ONE = "67 %"
-"""What a second attention is asked for."""
+ONE_DROP = "67 %"
+"""What prompts lose under every attention but the first."""
 NOTHING = Drop(reduction=0.0)
 HALF = Drop(reduction=0.5)
 STEPS = 5
@@ -119,7 +119,7 @@ class AdapterConformance:
     modalities: ClassVar[Sequence[Modality]] = ("image", "video")
     """What prompts may show."""
     attentions: ClassVar[Sequence[str]] = ("sdpa", "eager")
-    """The attentions that the model has; all but the first are asked for what may differ."""
+    """The attentions that the model has. Most tests run the first, some run all."""
     drops: ClassVar[Sequence[str]] = tuple(DROPS)
     """The names in ``DROPS`` of what prompts lose."""
     full: ClassVar[bool] = False
@@ -173,7 +173,7 @@ class AdapterConformance:
                 (attention, dropped)
                 for attention in attentions
                 for dropped in drops
-                if self.full or attention == attentions[0] or dropped == ONE
+                if self.full or attention == attentions[0] or dropped == ONE_DROP
             ]
             metafunc.parametrize(("attention", "dropped"), pairs)
         for name in values:
@@ -844,10 +844,8 @@ class AdapterConformance:
             mask[:, 0] = 0
             if _masked(model):
                 out = session.ask(prompt, padded, mask, **options)
-                gap = slice(inputs["input_ids"].shape[1], inputs["input_ids"].shape[1] + 1)
-                out.sequences = torch.cat(
-                    [out.sequences[:, : gap.start], out.sequences[:, gap.stop :]], -1
-                )
+                ids, length = out.sequences, inputs["input_ids"].shape[1]
+                out.sequences = torch.cat([ids[:, :length], ids[:, length + 1 :]], -1)
                 check(out, question)
             else:
                 # Other layers than attention would read the padding.

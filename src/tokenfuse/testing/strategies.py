@@ -633,7 +633,6 @@ def _for_all(test: Callable[[Case], None]) -> None:
 
     # Made here, so that a profile that is loaded after this module counts.
     @settings(
-        max_examples=60,
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
     )
