@@ -123,7 +123,8 @@ def compressing(base: Any) -> Any:
             super().__init__(**kept)
             if self.strategy is not None:
                 # A strategy that this model cannot take is refused before any prompt.
-                attach(self.model, self.strategy, registry=self._registry)
+                with attach(self.model, self.strategy, registry=self._registry):
+                    pass
 
         def generate_until(self, requests: Any) -> Any:
             if self.strategy is None:
