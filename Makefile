@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all test-lowest lint docs clean help FORCE
+.PHONY: demo test test-all test-lowest lint docs pages clean help FORCE
 
 demo: $(VENV)/.installed ## answer a question about a video, with and without compression
 	$(BIN)/tokenfuse run $(ARGS)
@@ -51,6 +51,12 @@ lint: $(VENV)/.installed-dev ## check format, lint and types
 
 docs: $(VENV)/.installed-docs ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
+
+# Of the built-ins only, whatever plugins are installed.
+pages: $(VENV)/.installed ## renew what is generated: the schema of presets, and pages of docs/
+	TOKENFUSE_PLUGINS= $(BIN)/tokenfuse schema > configs/schema.json
+	$(BIN)/python -m tokenfuse.bench.strategies_page > docs/reference/strategies.md
+	$(BIN)/python -m tokenfuse.bench.models_page docs/results/models.json > docs/reference/models.md
 
 clean: ## remove everything that the other targets create
 	rm -rf .venv build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache

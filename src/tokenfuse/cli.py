@@ -1,31 +1,45 @@
-"""The command line. Data goes to stdout, progress and errors to stderr."""
+"""The command line. Data goes to stdout, progress and errors to stderr.
+
+Each command checks what it was given before it imports transformers or loads a model.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import platform
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 import yaml
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+import tokenfuse
 from tokenfuse.errors import ConfigError, TokenFuseError
 
-app = typer.Typer(
-    help="Fewer visual tokens for video-language models.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+if TYPE_CHECKING:
+    from tokenfuse.inference.measure import Say
+    from tokenfuse.inference.run import VideoQuestion
+
+    Result = TypeVar("Result", bound=VideoQuestion)
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 bench = typer.Typer(help="Measure.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
+
+MICRO_NOTE = (
+    "the micro model knows only its own synthetic clips: what it answers to another video means "
+    "nothing. Name a model with --model"
+)
+ENDINGS = (".json", ".md", ".png")
+"""Of the files that ``tokenfuse compare --micro --out`` writes."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -38,6 +52,22 @@ def _errors() -> Iterator[None]:
     except TokenFuseError as error:
         _err.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"tokenfuse {tokenfuse.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it, exit."),
+    ] = False,
+) -> None:
+    """Fewer visual tokens for video-language models."""
 
 
 @app.command()
@@ -62,30 +92,30 @@ def run(
 ) -> None:
     """Answer a question about a video, with and without compression."""
     with _errors():
-        # Heavy imports only where a model runs.
         from tokenfuse.config import get_configuration
-        from tokenfuse.inference.run import run as run_once
-        from tokenfuse.micro import CHECKPOINT, SAMPLE, SAMPLE_QUESTION
 
         chosen = get_configuration(strategy, **_overrides(options or []))
         _quiet()
-        with _err.status("starting") as status:
+        from tokenfuse.bench.tables import print_run
+        from tokenfuse.inference.run import run as run_once
+
+        with _progress() as say:
             result = run_once(
-                video or SAMPLE,
-                question or (SAMPLE_QUESTION if video is None else "What happens in the video?"),
+                *_asked(video, question),
                 chosen,
-                source=model or CHECKPOINT,
+                source=_source(model),
                 frames=frames,
                 fps=fps,
                 compare=compare,
                 max_new_tokens=max_new_tokens,
                 repeats=repeats,
-                say=status.update,
+                say=say,
             )
+        result = _with_note(result, video)
     if as_json:
         print(result.model_dump_json(indent=2))
     else:
-        _show(result)
+        print_run(_out, result)
 
 
 @app.command()
@@ -125,9 +155,7 @@ def compare(
 ) -> None:
     """Compare strategies at equal numbers of tokens, on one video or on the micro model's tasks."""
     with _errors():
-        import torch
-
-        from tokenfuse.bench import show
+        from tokenfuse.bench import plot
         from tokenfuse.bench.candidates import listed, ratios
 
         for_video = {
@@ -138,40 +166,62 @@ def compare(
             "--max-new-tokens": max_new_tokens,
             "--repeats": repeats,
         }
-        show.refuse(for_video, {"--out": out}, micro)
-        _quiet()
-        if threads:
-            torch.set_num_threads(threads)
+        _refuse(for_video, {"--out": out}, micro)
         names, shares = listed(strategies or []), ratios(keep_ratio or ["0.33"])
+        files = _files(out) if out else {}
+        pictures = [path for path in (files.get(".png"), picture) if path]
+        for path in pictures:
+            plot.check(path)
+        _quiet()
+        _set_threads(threads)
+        from tokenfuse.bench import tables
+        from tokenfuse.bench.compare import compare as compare_on_video
+        from tokenfuse.bench.micro import benchmark, write
+        from tokenfuse.bench.page import page
+
         if micro is None:
-            show.one_video(
-                _out,
-                _err,
-                video,
-                question,
-                names=names,
-                ratios=shares,
-                model=model,
-                frames=frames,
-                fps=fps,
-                max_new_tokens=max_new_tokens or 64,
-                repeats=repeats or 3,
-                picture=picture,
-                as_json=as_json,
+            with _progress() as say:
+                compared = compare_on_video(
+                    *_asked(video, question),
+                    names,
+                    shares,
+                    source=_source(model),
+                    frames=frames,
+                    fps=fps,
+                    max_new_tokens=max_new_tokens or 64,
+                    repeats=repeats or 3,
+                    say=say,
+                )
+            compared = _with_note(compared, video)
+            for path in pictures:
+                plot.draw(plot.comparison_curves(compared), path)
+            if as_json:
+                print(compared.model_dump_json(indent=2))
+            else:
+                tables.print_comparison(_out, compared)
+            return
+        with _progress() as say:
+            scored = benchmark(
+                micro, names, shares, source=_source(model), keep=files.get(".json"), say=say
             )
+        for path in pictures:
+            plot.draw(plot.benchmark_curves(scored), path)
+        if out:
+            used = {
+                "--micro": str(micro),
+                "--strategies": ",".join(names or ["all"]),
+                "--keep-ratio": ",".join(f"{ratio:g}" for ratio in shares),
+                "--model": model,
+                "--threads": str(threads or ""),
+                "--out": out.as_posix(),
+            }
+            words = [word for name, value in used.items() if value for word in (name, value)]
+            command = shlex.join(["tokenfuse", "compare", *words])
+            write(files[".md"], page(scored, files[".png"].name, command))
+        if as_json:
+            print(scored.model_dump_json(indent=2))
         else:
-            show.micro_tasks(
-                _out,
-                _err,
-                micro,
-                names=names,
-                ratios=shares,
-                model=model,
-                prefix=out,
-                threads=threads,
-                picture=picture,
-                as_json=as_json,
-            )
+            tables.print_benchmark(_out, scored)
 
 
 @bench.command()
@@ -192,8 +242,6 @@ def retention(
     A run that was stopped goes on from the answers in the folder.
     """
     with _errors():
-        import torch
-
         from tokenfuse.bench.retention.plan import Plan, read_plan
         from tokenfuse.bench.retention.run import retention as run_retention
         from tokenfuse.micro import INSTRUMENTS
@@ -206,8 +254,7 @@ def retention(
                     "questions; none asks no model"
                 )
         _quiet()
-        if threads:
-            torch.set_num_threads(threads)
+        _set_threads(threads)
         options = f" --config {config}" if config else ""
         options += f" --threads {threads}" if threads else ""
         page = run_retention(
@@ -238,7 +285,10 @@ def strategies(as_json: Json = False) -> None:
             }
             for name, entry in sorted(default_registry().strategies.items())
         ]
-    _list(rows, as_json)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print_rows(rows)
 
 
 @app.command()
@@ -251,7 +301,33 @@ def adapters(as_json: Json = False) -> None:
             {"name": name, "from": entry.distribution, "about": _first_line(entry.cls)}
             for name, entry in sorted(default_registry().adapters.items())
         ]
-    _list(rows, as_json)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print_rows(rows)
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Print the versions, the device and the plugins: what a report of a bug should say."""
+    with _errors():
+        import torch
+
+        from tokenfuse.costs import versions
+        from tokenfuse.hooks import PROJECT
+
+        device = f"cpu, {torch.get_num_threads()} threads"
+        if torch.cuda.is_available():
+            device = f"cuda, {torch.cuda.get_device_name()}"
+        dists = [point.dist for point in entry_points(group=PROJECT)]
+        plugins = {f"{dist.name} {dist.version}" for dist in dists if dist}
+        found = versions() | {name: version(name) for name in ("torchvision", "timm", "av")}
+        found |= {"platform": platform.platform(), "device": device}
+        found["plugins"] = ", ".join(sorted(plugins)) or "none"
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print_rows([{"name": name, "value": value} for name, value in found.items()])
 
 
 @app.command()
@@ -288,103 +364,75 @@ def _first_line(cls: type) -> str:
     return (cls.__doc__ or "").strip().partition("\n")[0]
 
 
-def _list(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    table = Table(box=None, pad_edge=False)
-    for column in rows[0]:
-        table.add_column(column, style="bold" if column == "name" else None, no_wrap=True)
-    cells = [[", ".join(v) if isinstance(v, list) else v for v in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(rows[0], *cells, strict=True)]
-    # The last column, a description, is cut where the terminal ends; --json has it whole.
-    room = max(20, _out.width - sum(widths[:-1]) - 2 * len(widths))
-    for *short, about in cells:
-        table.add_row(*short, about if len(about) <= room else about[: room - 1] + "…")
-    _out.print(table, crop=False)
+def _print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    from tokenfuse.bench.tables import print_list
+
+    print_list(_out, rows)
 
 
-def _show(result: Any) -> None:
-    from tokenfuse.costs import flops, size
-    from tokenfuse.micro import CHECKPOINT, SAMPLE
+def _asked(video: str | None, question: str | None) -> tuple[str | Path, str]:
+    """The video and the question; of tokenfuse's own clip if no video is given."""
+    from tokenfuse.micro import SAMPLE, SAMPLE_QUESTION
 
-    report = result.report
-    own = {str(SAMPLE): "tokenfuse's sample clip", str(CHECKPOINT): "the micro Qwen3-VL"}
-    video, model = (own.get(name, name) for name in (result.video, result.model))
-    options = {k: v for k, v in report.strategy.items() if v is not None and k != "strategy"}
-    _out.print(
-        f"[bold]{escape(result.question)}[/]\n"
-        f"{escape(video)}: {result.frames} frames of {result.duration:.1f} s; "
-        f"{escape(model)} on {result.device} in {result.dtype}",
-        soft_wrap=True,
+    if video is None:
+        return SAMPLE, question or SAMPLE_QUESTION
+    return video, question or "What happens in the video?"
+
+
+def _source(model: str | None) -> str | Path:
+    from tokenfuse.micro import CHECKPOINT
+
+    return model or CHECKPOINT
+
+
+def _with_note(result: Result, video: str | None) -> Result:
+    """The result, with a note where the micro model saw a video of the caller's own."""
+    from tokenfuse.micro import INSTRUMENTS
+
+    micro = {folder.resolve() for folder in INSTRUMENTS.values()}
+    if video is None or Path(result.model).resolve() not in micro:
+        return result
+    _err.print(f"[yellow]note[/]: {MICRO_NOTE}", soft_wrap=True)
+    return result.model_copy(update={"note": MICRO_NOTE})
+
+
+def _files(prefix: Path) -> dict[str, Path]:
+    """The files of ``--out`` by their endings. Raises ConfigError where one cannot be written."""
+    if prefix.name in ("", ".."):
+        raise ConfigError(f"--out {prefix} is a folder; expected a name: {prefix / 'scores'}")
+    files = {end: prefix.with_name(prefix.name + end) for end in ENDINGS}
+    for path in files.values():
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; expected a file: choose another --out")
+    return files
+
+
+def _refuse(
+    for_video: Mapping[str, object], for_micro: Mapping[str, object], micro: int | None
+) -> None:
+    """Raise ConfigError where an option is given that only the other kind of comparison has."""
+    others, advice = (
+        (for_micro, "goes with --micro: add --micro 50, or leave it out")
+        if micro is None
+        else (for_video, "does not go with --micro, which asks its own questions: leave it out")
     )
-    _out.print(
-        f"[bold]{report.strategy['strategy']}[/] "
-        + escape(", ".join(f"{key} {value}" for key, value in options.items())),
-        soft_wrap=True,
-    )
-    for item in report.items:
-        _bars(item, result)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    table.add_column("uncompressed", justify="right")
-    table.add_column(report.strategy["strategy"], justify="right", style="bold")
-    table.add_column("change", justify="right")
-    before, after = result.uncompressed, result.compressed
-    if before:
-        table.add_row("answer", escape(before.text), escape(after.text), _same(result))
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise ConfigError(f"{given[0]} {advice}")
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _progress() -> Iterator[Say]:
+    """Where steps are told: one changing line on a terminal, else a line each."""
+    if _err.is_terminal:
+        with _err.status("starting") as status:
+            yield status.update
     else:
-        table.add_row("answer", "", escape(after.text), "")
-    pairs = (
-        ("visual tokens", report.tokens_before, report.tokens_after, str),
-        ("prompt tokens", sum(report.prompt_before), sum(report.prompt_after), str),
-        ("KV cache", report.kv_cache_bytes_before, report.kv_cache_bytes_after, size),
-        ("prefill", report.prefill_flops_before, report.prefill_flops_after, flops),
-    )
-    for name, old, new, text in pairs:
-        table.add_row(name, text(old), text(new), _change(old, new))
-    old_ms = before.ttft_ms if before else None
-    table.add_row(
-        "time to first token",
-        f"{old_ms:.1f} ms" if old_ms else "",
-        f"{after.ttft_ms:.1f} ms",
-        _speed(old_ms, after.ttft_ms) if old_ms else "",
-    )
-    _out.print(table)
-    _out.print(
-        f"of which compression itself: matching {flops(report.matching_flops)} in "
-        f"{report.plan_ms:.1f} ms, realignment {report.realign_ms:.1f} ms"
-    )
-    if report.reason:
-        _out.print(f"[yellow]not compressed[/]: {escape(report.reason)}")
-
-
-def _bars(item: Any, result: Any) -> None:
-    """Survivors of every frame as a bar."""
-    total, width = item.frame_tokens_before, 36
-    per_patch = max(1, len(result.timestamps) // item.grid[0])
-    for frame, kept in enumerate(item.frame_tokens_after):
-        pair = result.timestamps[frame * per_patch : (frame + 1) * per_patch]
-        seconds = sum(pair) / len(pair) if pair else 0.0
-        full = round(width * kept / total)
-        _out.print(
-            f"{seconds:6.2f} s [green]{'█' * full}[/][dim]{'░' * (width - full)}[/] {kept}/{total}"
-        )
-
-
-def _same(result: Any) -> str:
-    return "[green]same[/]" if result.same_answer else "[red]differs[/]"
-
-
-def _change(old: int, new: int) -> str:
-    return f"{(new - old) / old:+.1%}" if old else ""
-
-
-def _speed(old: float, new: float) -> str:
-    if abs(old - new) < 0.005 * old:
-        return "even"
-    return f"{old / new:.2f}x faster" if new <= old else f"[red]{new / old:.2f}x slower[/]"
-
-
-if __name__ == "__main__":
-    app()
+        yield lambda text: _err.print(text, markup=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -437,7 +438,16 @@ def _explain(problem: Any, cls: type[Strategy], where: _Where) -> tuple[str, str
         if key in _KEPT | _REMOVED and "keep_ratio" in cls.model_fields:
             return f"{place}unknown key {key}: ", _as_keep_ratio(key, given)
         return f"{place}unknown key {key} of {cls.name}: ", did_you_mean(key, cls.model_fields)
-    return f"{place}{key}: {given!r} is wrong: ", message
+    hint = per_cent_hint(given) if key == "keep_ratio" else ""
+    return f"{place}{key}: {given!r} is wrong: ", message + hint
+
+
+def per_cent_hint(given: Any) -> str:
+    """What follows a message about a share of tokens that looks like per cent: 33 or ``"33%"``."""
+    number = re.fullmatch(r"(\d+(?:\.\d*)?) ?%?", str(given).strip())
+    if number is None or not 1 < float(number[1]) <= 100:
+        return ""
+    return f"; for {float(number[1]):g} per cent write {float(number[1]) / 100:g}"
 
 
 def _as_keep_ratio(key: str, given: Any) -> str:

@@ -52,7 +52,7 @@ class Environment:
         return json.loads(self.tell(*arguments, **options).stdout)
 
     def tell(self, *arguments, **options):
-        return self.call(self.python, "-m", "tokenfuse.cli", *arguments, **options)
+        return self.call(self.python, "-m", "tokenfuse", *arguments, **options)
 
     def listed(self, what, **variables):
         """Who brought each strategy or adapter."""

@@ -52,9 +52,7 @@ class Brought:
 
 
 def test_the_page_is_current():
-    assert PAGE.read_text("utf-8") == page(), (
-        "renew it: python -m tokenfuse.bench.strategies_page > docs/reference/strategies.md"
-    )
+    assert PAGE.read_text("utf-8") == page(), "renew it: make pages"
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN.strategies))

@@ -631,3 +631,8 @@ def test_choose_by_rate_takes_the_frame_nearest_each_tick(times, rate):
 @pytest.mark.parametrize("request_", [(4, None), (None, 2.0), (None, None)])
 def test_choose_from_nothing(request_):
     assert _choose([], *request_, 8) == []
+
+
+def test_a_url_is_named_as_it_was_given():
+    with pytest.raises(VideoError, match=r"^https://a\.b/c\.mp4 is a URL; expected a local video"):
+        read_video("https://a.b/c.mp4")

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tokenfuse.micro import strata
+from tokenfuse.micro import sheet, strata
 from tokenfuse.micro.displacement import group, measure
 from tokenfuse.micro.motion import CANVAS, MOTIONS, backdrop, canvas, view
 from tokenfuse.micro.questions import PLAIN, STRATUM_ANSWERS, STRATUM_QUESTIONS, SUBTLE
@@ -321,7 +321,7 @@ def test_one_clip_of_each_stratum_is_drawn(tmp_path, monkeypatch):
     from PIL import Image
 
     path = tmp_path / "sheet.png"
-    options = ["--sheet", str(path), "--task", "hue", "--task", "end", "--motion", "cut"]
-    monkeypatch.setattr("sys.argv", ["strata", *options])
-    strata.main()
+    options = [str(path), "--task", "hue", "--task", "end", "--motion", "cut"]
+    monkeypatch.setattr("sys.argv", ["sheet", *options])
+    sheet.main()
     assert Image.open(path).size == (3 + 8 * 99, 3 + 2 * 114)

@@ -10,7 +10,13 @@ from pydantic import BaseModel, ConfigDict
 
 from tokenfuse.adapters._base import Adapter
 from tokenfuse.compression import refuse_unmet_needs
-from tokenfuse.config import KEY, Configuration, get_configuration, get_strategy
+from tokenfuse.config import (
+    KEY,
+    Configuration,
+    get_configuration,
+    get_strategy,
+    per_cent_hint,
+)
 from tokenfuse.errors import ConfigError, UnsupportedModelError
 from tokenfuse.registry import Registry
 
@@ -72,8 +78,7 @@ def candidates(
     Raises ConfigError for an unknown name, one without a ``keep_ratio``, and a ratio that is none.
     """
     for ratio in ratios:
-        if not 0 < ratio <= 1:
-            raise ConfigError(f"--keep-ratio {ratio:g} is no share of tokens; expected (0, 1]")
+        _check_ratio(ratio, f"{ratio:g}")
     if not ratios:
         raise ConfigError("no ratio is given; expected one such as --keep-ratio 0.33")
     sources: dict[str, None] = {}
@@ -105,11 +110,25 @@ def listed(values: Iterable[str]) -> list[str]:
 
 
 def ratios(values: Iterable[str]) -> list[float]:
-    """Numbers from such an option. Raises ConfigError."""
-    try:
-        return [float(value) for value in listed(values)]
-    except ValueError as error:
-        raise ConfigError(f"--keep-ratio: {error}; expected numbers such as 0.5,0.33") from None
+    """Shares of tokens from such an option. Raises ConfigError."""
+    found = []
+    for text in listed(values):
+        try:
+            found.append(float(text))
+        except ValueError:
+            raise ConfigError(
+                f"--keep-ratio {text} is no number; expected shares of tokens such as 0.5,0.33"
+                + per_cent_hint(text)
+            ) from None
+        _check_ratio(found[-1], text)
+    return found
+
+
+def _check_ratio(ratio: float, text: str) -> None:
+    if not 0 < ratio <= 1:
+        raise ConfigError(
+            f"--keep-ratio {text} is no share of tokens; expected (0, 1]" + per_cent_hint(text)
+        )
 
 
 def _candidate(source: str, ratio: float, adapter: Adapter | None, registry: Registry) -> Candidate:

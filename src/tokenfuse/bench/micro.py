@@ -31,6 +31,8 @@ from tokenfuse.micro import CHECKPOINT
 from tokenfuse.micro.tasks import TASKS, Clip, Question, Task, held_out
 from tokenfuse.registry import Registry, default_registry
 
+OWN_MODEL = "tokenfuse.micro"
+"""What scores call the micro model: a path of one machine means nothing elsewhere."""
 LONGEST = 6
 """Tokens that an answer may have; those of the micro model have up to three."""
 BATCH = 20
@@ -147,8 +149,7 @@ def benchmark(
     refuse_images_only(processor)
     chosen = candidates(names, ratios, prompt_adapter(model, registry), registry)
     result = Benchmark(
-        # A path of this machine means nothing elsewhere.
-        model="tokenfuse.micro" if source == CHECKPOINT else str(source),
+        model=OWN_MODEL if source == CHECKPOINT else str(source),
         questions=questions,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tokenfuse.bench.candidates import CONTROLS
 from tokenfuse.bench.markdown import NONE, table
-from tokenfuse.bench.micro import Benchmark, Score, interval
+from tokenfuse.bench.micro import OWN_MODEL, Benchmark, Score, interval
 from tokenfuse.micro.tasks import HELD_OUT_PATCHES
 
 PAGE = """\
@@ -84,7 +84,7 @@ def page(result: Benchmark, picture: str, command: str) -> str:
         cells = ([name, *(_right(score, task) for task in plain.tasks)] for name, score in rows)
         by_task += f"### keep {ratio:g}\n\n{table(['strategy', *plain.tasks], cells)}\n"
     low, high = interval(result.questions // 2, 2 * (result.questions // 2) or 1)
-    own = result.model == "tokenfuse.micro"
+    own = result.model == OWN_MODEL
     return PAGE.format(
         model="the micro Qwen3-VL that the package ships" if own else result.model,
         questions=result.questions,

@@ -1,4 +1,4 @@
-"""The page of all strategies: ``python -m tokenfuse.bench.strategies_page``.
+"""The page of all strategies, which ``make pages`` renews.
 
 It is made from the built-in strategies themselves, without those of plugins, and goes to standard
 output: their docstrings, their options as the JSON Schema has them, and the presets.
@@ -21,7 +21,7 @@ from tokenfuse.strategies._vit import stages
 HEAD = """\
 # Strategies
 
-<!-- Made by: python -m tokenfuse.bench.strategies_page > docs/reference/strategies.md -->
+<!-- Made by: make pages -->
 
 Every strategy that tokenfuse brings. Options are keys of a [configuration](../how-to/configure.md);
 `tokenfuse strategies` lists those of installed plugins too, and `tokenfuse compare` puts them

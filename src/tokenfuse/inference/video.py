@@ -80,6 +80,9 @@ def read_video(
     or is damaged: a frame that does not decode, or a file shorter than it declares. Damage that
     FFmpeg steps over without a sign (inside webm and mjpeg, the tail of mpegts) goes unnoticed.
     """
+    if "://" in str(path):
+        # A Path would make one slash of the two.
+        raise VideoError(f"{path} is a URL; expected a local video file: download it first")
     path = Path(path)
     _check(path, frames, fps, max_frames)
     times = _packet_times(path)
@@ -109,10 +112,7 @@ def _check(path: Path, frames: int | None, fps: float | None, max_frames: int) -
     if path.is_dir():
         raise VideoError(f"{path} is a folder; expected a video file: pass one of those inside")
     if not path.is_file():
-        raise VideoError(
-            f"{path} does not exist; expected a local video file: check the spelling, and "
-            "download a URL first"
-        )
+        raise VideoError(f"{path} does not exist; expected a local video file: check the spelling")
     if path.stat().st_size == 0:
         raise VideoError(f"{path} is empty (0 bytes); expected a video: copy or download it again")
 

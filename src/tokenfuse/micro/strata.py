@@ -10,8 +10,8 @@ hue patch gap drift vanish yes    no          yes       yes  yes
 =========================  =====  ==========  ========  ===  =======
 
 ``slow``: the object of these questions moves slowly before the camera that pans, cuts or flickers.
-Elsewhere objects move under ``slow`` and ``fast`` alone. ``python -m tokenfuse.micro.strata --sheet
-out.png`` draws one clip of each.
+Elsewhere objects move under ``slow`` and ``fast`` alone. ``python -m tokenfuse.micro.sheet FILE``
+draws one clip of each.
 
 The same arguments always make the same bytes. Clips of one task, split, length and seed have the
 same objects and the same answer under every motion and in every size, so that strata can be
@@ -20,9 +20,7 @@ compared clip by clip.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -174,26 +172,3 @@ def make_stratum_clip(
     asked = [q for q in questions if q.task == task]
     question = asked[int(which * len(asked))]
     return StratumClip(stratum, frames, fps, question, tuple(questions), displacement, where)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw one clip of each stratum.")
-    parser.add_argument("--sheet", type=Path, required=True, help="PNG to write")
-    parser.add_argument("--task", action="append", choices=(*PLAIN, *SUBTLE), help="only this")
-    parser.add_argument("--motion", action="append", choices=MOTIONS, help="only this")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--patches", type=int, default=8)
-    args = parser.parse_args()
-    from tokenfuse.micro.sheet import sheet
-
-    chosen = [
-        s
-        for s in STRATA
-        if s.task in (args.task or (s.task,)) and s.motion in (args.motion or (s.motion,))
-    ]
-    clips = [make_stratum_clip(s, args.seed, patches=args.patches) for s in chosen]
-    sheet(clips).save(args.sheet)
-
-
-if __name__ == "__main__":
-    main()
