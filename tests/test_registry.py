@@ -503,8 +503,8 @@ def test_a_model_that_no_adapter_matches_is_told_which_there_are():
     with pytest.raises(UnsupportedModelError) as caught:
         registry_of(adapters_plugin(Narrow)).adapter(model("gpt2"))
     message = str(caught.value)
-    assert "no adapter matches Fake (model_type 'gpt2')" in message
+    assert "no model family matches Fake (model_type 'gpt2')" in message
     assert ", ".join(sorted(["narrow", *registry_of().adapters])) in message
     assert isinstance(caught.value, TypeError)
-    with pytest.raises(UnsupportedModelError, match=r"no adapter matches object \(model_type None"):
+    with pytest.raises(UnsupportedModelError, match="no model family matches object"):
         registry_of().adapter(object())

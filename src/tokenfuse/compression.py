@@ -81,6 +81,11 @@ class CompressedInputs(dict[str, Any]):
 
     __copy__ = copy
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedInputs:
+        # A tensor that stands in a graph can be cloned, but not copied by its own method.
+        parts = _mapped((dict(self), self.columns, self.turn), torch.clone)
+        return CompressedInputs(parts[0], self.report, *parts[1:])
+
     def __reduce__(self) -> tuple[Any, ...]:
         return CompressedInputs, (dict(self), self.report, self.columns, self.turn)
 

@@ -7,7 +7,7 @@ import importlib.metadata
 import inspect
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -91,11 +91,17 @@ class Registry:
         for cls in fitting:
             if not any(other is not cls and issubclass(other, cls) for other in fitting):
                 return cls(model)
+        for name, inner in _modules_of(model):
+            if any(_matches(entry, inner) for entry in self.adapters.values()):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} is no model that tokenfuse knows, but holds a "
+                    f"{type(inner).__name__}, which it does; expected model.{name}: pass that one"
+                )
         kind = getattr(getattr(model, "config", None), "model_type", None)
         raise UnsupportedModelError(
-            f"no adapter matches {type(model).__name__} (model_type {kind!r}); expected a "
+            f"no model family matches {type(model).__name__} (model_type {kind!r}); expected a "
             f"transformers model for one of: {', '.join(sorted(self.adapters))}. "
-            "An adapter of your own is one class: see docs/how-to/write-an-adapter.md"
+            "A family of your own is one class: see docs/how-to/write-an-adapter.md"
         )
 
     def observe(self, hook: str, /, **arguments: Any) -> None:
@@ -163,6 +169,13 @@ def _matches(entry: Registered[ModelAdapter], model: Any) -> bool:
     except Exception as error:
         _warn(entry.distribution, f"raised in {entry.cls.__name__}.matches", error)
         return False
+
+
+def _modules_of(model: Any) -> Iterator[tuple[str, Any]]:
+    """The modules inside a model, nearest first, without itself."""
+    named = getattr(model, "named_modules", None)
+    modules = list(named()) if callable(named) else []
+    yield from sorted(modules[1:], key=lambda found: found[0].count("."))
 
 
 def _entry_points() -> list[importlib.metadata.EntryPoint]:

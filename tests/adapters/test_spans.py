@@ -211,7 +211,7 @@ def test_learned_queries_have_no_place(name):
     inputs = family.prompt([[("image", 1), ("text", 2)]])
     said = {
         "idefics2": r"by a Idefics2Perceiver\w+, whose queries have no place in the image",
-        "blip_2": "no adapter matches Blip2ForConditionalGeneration",
+        "blip_2": "no model family matches Blip2ForConditionalGeneration",
     }
     with pytest.raises(UnsupportedModelError, match=said[name]):
         tokenfuse.compress(family.build("sdpa"), inputs, "uniform")

@@ -375,7 +375,7 @@ def tiny_llama():
 def test_a_model_without_an_adapter_is_refused(other):
     other = other()
     for use in (attach, lambda m: compress(m, one_video())):
-        with pytest.raises(UnsupportedModelError, match="no adapter matches"):
+        with pytest.raises(UnsupportedModelError, match="no model family matches"):
             use(other)
 
 

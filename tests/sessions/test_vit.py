@@ -425,7 +425,7 @@ def test_a_vision_transformer_has_no_prompt_to_compress(vit):
         ("vit_base_patch16_xp_224", "ParallelScalingBlock"),
         ("eva02_enormous_patch14_clip_224", "EvaBlockPostNorm"),
         ("vit_dlittle_patch16_reg1_gap_256", "DiffAttention"),
-        ("vit_relpos_small_patch16_224", "no adapter matches VisionTransformerRelPos"),
+        ("vit_relpos_small_patch16_224", "no model family matches VisionTransformerRelPos"),
     ],
 )
 def test_other_blocks_are_refused(name, said):

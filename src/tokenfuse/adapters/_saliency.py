@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tokenfuse.adapters._hooks import Hook
 from tokenfuse.errors import ConfigError
 from tokenfuse.ops.attention import attention_received, mean_query_attention
 from tokenfuse.strategies._base import Attention
@@ -62,7 +63,8 @@ def listen(
         if get_ident() == listener:
             heard.append(score(*queries_keys(module, **_by_name(module, args, kwargs))))
 
-    handle = modules[attention.block].register_forward_pre_hook(hook, with_kwargs=True)
+    placed = Hook(hook, with_kwargs=True)
+    handle = modules[attention.block].register_forward_pre_hook(placed, with_kwargs=True)
     try:
         yield heard
     finally:

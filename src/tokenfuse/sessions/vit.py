@@ -23,7 +23,7 @@ from tokenfuse.sessions._attached import Attached, refuse_compiled
 from tokenfuse.strategies._vit import VitStrategy
 
 
-class _Pass(threading.local):
+class _Pass:
     """What one thread's present forward pass is at.
 
     ``tokens``: of an image, at the entry of each block so far. ``plan``: what has become of the
@@ -75,8 +75,13 @@ class VitSession(Attached):
         refuse_compiled(adapter.model, adapter.blocks, f"{strategy.name} between blocks")
         self.adapter = adapter
         self._acts: VitStrategy = strategy
-        self._pass = _Pass()
+        self._passes: dict[int, _Pass] = {}
         super().__init__(adapter.model, configuration)
+
+    @property
+    def _pass(self) -> _Pass:
+        # Dynamo loses what is set on a threading.local.
+        return self._passes.setdefault(threading.get_ident(), _Pass())
 
     @property
     def tokens(self) -> list[int]:
