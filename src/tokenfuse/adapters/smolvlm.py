@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokenfuse.adapters._base import Adapter
 from tokenfuse.adapters._saliency import QueriesKeys, square_frames
@@ -27,23 +27,13 @@ class SmolVLM(Adapter):
     def attention_modules(self, modality: Modality) -> Sequence[nn.Module]:
         return [layer.self_attn for layer in self.model.base_model.vision_model.encoder.layers]
 
-    def queries_keys(
-        self,
-        module: Any,
-        modality: Modality,
-        attention_mask: Tensor | None = None,
-        **call: Any,
-    ) -> QueriesKeys:
-        if attention_mask is not None and hides(attention_mask):
+    def queries_keys(self, module: Any, modality: Modality, **call: Any) -> QueriesKeys:
+        mask = call.get("attention_mask")
+        # It is true for what is seen, or else added to logits.
+        if mask is not None and bool((~mask if mask.dtype == torch.bool else mask).any()):
             raise UnsupportedModelError(
                 "pixel_attention_mask hides patches of an image, between which attention is not "
                 "read; expected ones for every image: let the processor resize images rather than "
                 "pad them, or choose a strategy without saliency"
             )
         return square_frames(module, **call, group=self.model.config.scale_factor**2)
-
-
-def hides(mask: Tensor) -> bool:
-    """Whether an attention mask, boolean or added to logits, hides anything. One host sync."""
-    shown = mask if mask.dtype == torch.bool else mask >= 0
-    return not bool(shown.all())
