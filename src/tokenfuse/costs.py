@@ -20,10 +20,8 @@ FLOPS_FORMULA = (
 
 def versions() -> dict[str, str]:
     """Versions of what decides the figures."""
-    import tokenfuse
-
-    own = {"tokenfuse": tokenfuse.__version__, "python": platform.python_version()}
-    return own | {name: version(name) for name in ("torch", "transformers")}
+    names = ("tokenfuse", "torch", "transformers")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def prefill_flops(config: Any, lengths: Sequence[int]) -> int:

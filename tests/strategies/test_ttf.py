@@ -829,21 +829,6 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-class Traffic(TorchDispatchMode):
-    """Counts the bytes that operations read and write."""
-
-    def __init__(self):
-        super().__init__()
-        self.nbytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            tensors = (x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor))
-            self.nbytes += sum(x.nbytes for x in tensors)
-        return out
-
-
 def test_a_plan_reads_and_writes_a_multiple_of_the_tokens_however_many_they_are():
     random = torch.Generator().manual_seed(0)
     still = torch.randn(1, 16, 16, 1024, generator=random)

@@ -18,7 +18,7 @@ from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._fields import KeepRatio, VisionBlock
 from tokenfuse.tokens import Grid, Modality, VisualTokens, describe_rows
 
-Stage = Literal["vision", "pre_llm", "llm"]
+Stage = Literal["vit", "pre_llm", "llm"]
 Need = Literal["grid", "saliency", "text"]
 Query = Literal["each", "mean"]
 

@@ -35,4 +35,4 @@ def stages(cls: type[Strategy]) -> list[Stage]:
 
     Sorted, without repetition.
     """
-    return sorted({cls.stage, "vision"} if issubclass(cls, VitStrategy) else {cls.stage})
+    return sorted({cls.stage, "vit"} if issubclass(cls, VitStrategy) else {cls.stage})

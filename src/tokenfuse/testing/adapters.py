@@ -166,6 +166,7 @@ class AdapterConformance:
             "alone": [name for name in cases if name not in ("left", "right")],
             "dropped": self.drops,
             "side": ["left", "right"],
+            "encoded": ["new alone", "all again"],
         }
         if {"attention", "dropped"} <= set(metafunc.fixturenames):
             attentions, drops = values.pop("attention"), values.pop("dropped")
@@ -685,10 +686,11 @@ class AdapterConformance:
         oracle.append(ids[:, length:])
         self.agree(out, ids, oracle)
 
-    def test_new_items_in_later_turns_equal_the_masked_run(self, side: str) -> None:
+    def test_new_items_in_later_turns_equal_the_masked_run(self, side: str, encoded: str) -> None:
         """New images or videos in later turns are compressed, too; what the cache holds stays.
 
-        One prompt over three turns, or two prompts that lose unequally many tokens over two.
+        One prompt over three turns, or two prompts that lose unequally many tokens over two. The
+        vision tower reads the new items alone, or those of earlier turns again.
         """
         if not self.several and not self.frames_as_images:
             pytest.skip("this model takes one item in a prompt")
@@ -701,7 +703,8 @@ class AdapterConformance:
             [[("text", 6), (kind, 4), ("text", 7)], [("text", 8), (kind, 2), ("text", 9)]],
             [[("text", 16), (kind, 5), ("text", 17)]],
         ]
-        self.converse([turn[:1] for turn in turns] if side == "left" else turns[:2])
+        chosen = [turn[:1] for turn in turns] if side == "left" else turns[:2]
+        self.converse(chosen, again=encoded == "all again")
 
     def test_an_item_after_a_turn_of_text_equals_the_masked_run(self) -> None:
         """A cache that holds text only is gone on from, too."""
@@ -724,13 +727,19 @@ class AdapterConformance:
         turns: Sequence[list[list[Part]]],
         strategy: Strategy = HALF,
         attention: Literal["plain", "proportional"] = "plain",
+        again: bool = False,
     ) -> None:
-        """Hold every answer of a conversation against the oracle; a turn is a part of every row."""
+        """Hold every answer of a conversation against the oracle; a turn is a part of every row.
+
+        ``again``: the adapter cannot tell which pixels belong to which item.
+        """
         model = self.model(self.attentions[0])
         shown: list[list[Part]] = [[] for _ in turns[0]]
         whole: dict[str, Any] = {}
         proportional = attention == "proportional"
         with self.attach(model, strategy, attention=attention) as session:
+            if again:
+                session.adapter.feature_counts = lambda *_: None
             for number, turn in enumerate(turns):
                 rows = [a + b for a, b in zip(shown, turn, strict=True)]
                 if number == 0:
@@ -751,6 +760,7 @@ class AdapterConformance:
                             raise
                         pytest.skip(str(error))
                     assert session.report.tokens_after < session.report.tokens_before
+                    assert session.report.encoded_again > 0 or not again
                     with torch.no_grad():
                         plans = self.plans_of_turns(model, turns[: number + 1], strategy)
                     oracle = self.oracle(model, whole, plans, proportional)
