@@ -27,7 +27,7 @@ from tokenfuse.prompt.shares import Shares
 from tokenfuse.registry import Registry, default_registry
 from tokenfuse.report import ItemReport, Report
 from tokenfuse.sessions.proportional import refuse_fused_kernels
-from tokenfuse.strategies._base import Strategy, Wants
+from tokenfuse.strategies._base import Needs, Strategy
 from tokenfuse.tokens import Modality, VisualTokens
 
 # Reading the metadata of packages takes milliseconds.
@@ -108,7 +108,7 @@ def compress_with(
         return _unchanged(adapter, inputs, strategy, registry)
     watch = Stopwatch(adapter.model.device)
     with torch.set_grad_enabled(torch.is_grad_enabled() and adapter.model.training):
-        encoded = adapter.encode(inputs, wants_of(strategy), frames_as_images)
+        encoded = adapter.encode(inputs, needs_of(strategy), frames_as_images)
         watch.lap()
         plans = {part.modality: plan_items(part, strategy, registry) for part in encoded}
         fused = fuse_all(adapter, encoded, plans, strategy)
@@ -137,9 +137,9 @@ def _parts(strategy: Strategy) -> dict[Modality, Strategy]:
     return {modality: part for modality, part in parts.items() if part is not None}
 
 
-def wants_of(strategy: Strategy) -> dict[Modality, Wants]:
+def needs_of(strategy: Strategy) -> dict[Modality, Needs]:
     """What the strategy of each modality asks the adapter for."""
-    return {modality: part.wants() for modality, part in _parts(strategy).items()}
+    return {modality: part.needed() for modality, part in _parts(strategy).items()}
 
 
 def refuse_unmet_needs(adapter: Adapter, strategy: Strategy) -> None:
@@ -153,8 +153,8 @@ def refuse_unmet_needs(adapter: Adapter, strategy: Strategy) -> None:
                 "pre_llm: choose a pre_llm strategy"
             )
     for part in _parts(strategy).values():
-        wants = part.wants()
-        wanted = {"saliency": wants.attention is not None, "text": wants.text}
+        needs = part.needed()
+        wanted = {"saliency": needs.attention is not None, "text": needs.text}
         unmet = {need for need, asked in wanted.items() if asked} - adapter.supplies
         if unmet:
             raise UnsupportedModelError(

@@ -12,7 +12,7 @@ from tokenfuse.adapters._base import MODALITIES
 from tokenfuse.errors import ConfigError, PromptError, UnsupportedModelError
 from tokenfuse.ops import attention as kernel
 from tokenfuse.registry import default_registry
-from tokenfuse.strategies._base import Attention, Wants
+from tokenfuse.strategies._base import Attention, Needs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,9 +36,9 @@ def rows_of(kind):
 
 
 def items_of(adapter, inputs, attention=None, **options):
-    wants = dict.fromkeys(MODALITIES, Wants(attention))
+    needs = dict.fromkeys(MODALITIES, Needs(attention))
     with torch.no_grad():
-        return [x for part in adapter.encode(inputs, wants, **options) for x in part.items]
+        return [x for part in adapter.encode(inputs, needs, **options) for x in part.items]
 
 
 def tower_of(adapter):

@@ -31,7 +31,7 @@ from tokenfuse.prompt.realign import (
     shorten,
 )
 from tokenfuse.prompt.text import mismatch, prompt_texts
-from tokenfuse.strategies._base import Attention, Need, Wants
+from tokenfuse.strategies._base import Attention, Need, Needs
 from tokenfuse.tokens import Modality, VisualTokens
 
 Plans = Mapping[Modality, Sequence[FusionPlan]]
@@ -225,13 +225,13 @@ class Adapter(ModelAdapter):
     def encode(
         self,
         inputs: Mapping[str, Any],
-        wants: Mapping[Modality, Wants] | None = None,
+        needs: Mapping[Modality, Needs] | None = None,
         frames_as_images: bool = False,
         since: Sequence[int] = (),
     ) -> list[Encoded]:
         """Run the vision tower once per modality and return every item as ``VisualTokens``.
 
-        ``wants`` says which saliency and whether the prompt's text come with images and videos;
+        ``needs`` says which saliency and whether the prompt's text come with images and videos;
         ``frames_as_images`` whether the images of a prompt are the frames of one video, and of
         another from each of the columns ``since`` on.
 
@@ -239,7 +239,7 @@ class Adapter(ModelAdapter):
         host synchronisation per item), ConfigError where the model has no such vision block,
         UnsupportedModelError where the features' places cannot be told.
         """
-        wants = wants or {}
+        needs = needs or {}
         found: list[_Tower] = []
         for modality in MODALITIES:
             if inputs.get(PIXELS[modality]) is None:
@@ -247,7 +247,7 @@ class Adapter(ModelAdapter):
             self.check(inputs, modality)
             frames = modality == "image" and frames_as_images
             kind: Modality = "video" if frames else modality
-            attention = wants.get(kind, Wants()).attention
+            attention = needs.get(kind, Needs()).attention
             with self.listen(attention, inputs, modality) as heard:
                 output = self._encode(inputs, modality)
             if attention and not heard:
@@ -264,7 +264,7 @@ class Adapter(ModelAdapter):
                 videos = [(row, sum(at >= begins for begins in since)) for row, at in places]
                 spans = layout.as_frames(spans, videos)
             found.append(_Tower(modality, kind, output, features, spans, heard))
-        asked = [tower for tower in found if wants.get(tower.kind, Wants()).text]
+        asked = [tower for tower in found if needs.get(tower.kind, Needs()).text]
         texts = self._texts(inputs, found) if asked else {}
         return [
             Encoded(x.modality, x.output, x.items(texts.get(x.modality)), x.kind, x.spans)

@@ -30,7 +30,7 @@ from tokenfuse.micro import CHECKPOINT
 from tokenfuse.micro.evaluate import clip_inputs, held_out
 from tokenfuse.micro.tasks import TASKS, Clip, Question, Task
 from tokenfuse.registry import Registry, default_registry
-from tokenfuse.strategies._base import Wants
+from tokenfuse.strategies._base import Needs
 from tokenfuse.tokens import Modality
 
 LONGEST = 6
@@ -324,10 +324,10 @@ def encoding_once(adapter: Adapter) -> Adapter:
     encode = adapter.encode
     seen: dict[Any, list[Encoded]] = {}
 
-    def once(inputs: Mapping[str, Any], wants: Mapping[Modality, Wants], *more: Any) -> Any:
-        key = frozenset(wants.items()), more
+    def once(inputs: Mapping[str, Any], needs: Mapping[Modality, Needs], *more: Any) -> Any:
+        key = frozenset(needs.items()), more
         if key not in seen:
-            seen[key] = encode(inputs, wants, *more)
+            seen[key] = encode(inputs, needs, *more)
         return seen[key]
 
     vars(adapter)["encode"] = once

@@ -22,9 +22,9 @@ from tokenfuse.compression import (
     CompressedInputs,
     check_prompt,
     fuse_all,
+    needs_of,
     plan_items,
     report_on,
-    wants_of,
 )
 from tokenfuse.costs import Stopwatch, attends
 from tokenfuse.errors import PromptError, UnsupportedModelError
@@ -166,7 +166,7 @@ def show_more(
     watch = Stopwatch(adapter.model.device)
     with torch.no_grad():
         since = (*turn.since, held)
-        encoded = adapter.encode(whole, wants_of(strategy), frames_as_images, since)
+        encoded = adapter.encode(whole, needs_of(strategy), frames_as_images, since)
         watch.lap()
         plans: dict[Modality, list[FusionPlan]] = {}
         new: dict[Modality, list[int]] = {}

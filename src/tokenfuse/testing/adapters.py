@@ -20,7 +20,7 @@ from tokenfuse.plan import DROPPED, FusionPlan, Reduce
 from tokenfuse.prompt.cache import as_argument, cache_of
 from tokenfuse.registry import Registry, default_registry
 from tokenfuse.sessions.proportional import before_attention
-from tokenfuse.strategies._base import Attention, Strategy, Wants
+from tokenfuse.strategies._base import Attention, Needs, Strategy
 from tokenfuse.testing.oracle import DeletedRun, MaskedRun
 from tokenfuse.tokens import Modality, VisualTokens
 
@@ -830,9 +830,9 @@ class AdapterConformance:
         model, inputs = self.model(self.attentions[0]), self.inputs(alone)
         if "saliency" not in self.adapter_of(model).supplies:
             pytest.skip("this adapter supplies no saliency")
-        wants: dict[Modality, Wants] = {m: Wants(Attention(-1)) for m in MODALITIES}
+        needs: dict[Modality, Needs] = {m: Needs(Attention(-1)) for m in MODALITIES}
         with torch.no_grad():
-            encoded = self.adapter_of(model).encode(inputs, wants, self.frames_as_images)
+            encoded = self.adapter_of(model).encode(inputs, needs, self.frames_as_images)
         for part in encoded:
             for tokens in part.items:
                 assert tokens.saliency is not None
