@@ -25,7 +25,7 @@ from tokenfuse.prompt.shares import Shares
 from tokenfuse.prompt.turn import Item, Shortened, Turn, in_prompt_order, shorten_prompt
 from tokenfuse.registry import Registry, default_registry
 from tokenfuse.report import ItemReport, Report
-from tokenfuse.strategies._base import Strategy, Wants
+from tokenfuse.strategies._base import Needs, Strategy
 from tokenfuse.tokens import Modality, VisualTokens
 
 # Reading the metadata of packages takes milliseconds.
@@ -169,12 +169,12 @@ def encode_prompt(
     after: Turn | None = None,
 ) -> list[Encoded]:
     """What the vision tower makes of a prompt, with what the strategy needs beside features."""
-    return adapter.encode(prompt, wants_of(strategy), frames_as_images, after)
+    return adapter.encode(prompt, needs_of(strategy), frames_as_images, after)
 
 
-def wants_of(strategy: Strategy) -> dict[Modality, Wants]:
+def needs_of(strategy: Strategy) -> dict[Modality, Needs]:
     """What the strategy asks the adapter for, beside the features of images and videos."""
-    return {modality: part.wants() for modality, part in _parts(strategy).items()}
+    return {modality: part.needed() for modality, part in _parts(strategy).items()}
 
 
 def compress_prompt(
@@ -273,8 +273,8 @@ def refuse_unmet_needs(adapter: Adapter, configuration: Configuration) -> None:
                 "pre_llm: choose a pre_llm strategy"
             )
     for part in _parts(strategy).values():
-        wants = part.wants()
-        wanted = {"saliency": wants.attention is not None, "text": wants.text}
+        needs = part.needed()
+        wanted = {"saliency": needs.attention is not None, "text": needs.text}
         unmet = {need for need, asked in wanted.items() if asked} - adapter.supplies
         if unmet:
             raise UnsupportedModelError(

@@ -135,7 +135,7 @@ class VisualTokens:
         saliency = None if self.saliency is None else self.saliency[survivors]
         return replace(self, features=features, coords=self.coords[survivors], saliency=saliency)
 
-    def demand(self, field: Literal["saliency", "text"]) -> Tensor:
+    def needed(self, field: Literal["saliency", "text"]) -> Tensor:
         """``saliency`` or ``text``. Raises TokensError where it is not given."""
         value: Tensor | None = getattr(self, field)
         if value is None:

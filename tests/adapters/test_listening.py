@@ -8,7 +8,7 @@ from models import frames, image_then_video, model_of, one_video, processor, pro
 from tokenfuse.adapters.qwen3_vl import Qwen3VL
 from tokenfuse.errors import ConfigError, PromptError
 from tokenfuse.ops import attention as kernel
-from tokenfuse.strategies._base import Attention, Wants
+from tokenfuse.strategies._base import Attention, Needs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GROUP = 4
@@ -42,9 +42,9 @@ def eager_maps(monkeypatch):
 def test_saliency_is_what_an_eager_forward_s_map_says(block, make, eager_maps):
     inputs = make()
     eager, fast = Qwen3VL(model_of("dense", "eager")), Qwen3VL(model_of("dense", "sdpa"))
-    wants = dict.fromkeys(("image", "video"), Wants(Attention(block)))
+    needs = dict.fromkeys(("image", "video"), Needs(Attention(block)))
     with torch.no_grad():
-        found = [x.saliency for part in fast.encode(fast.read(inputs), wants) for x in part.items]
+        found = [x.saliency for part in fast.encode(fast.read(inputs), needs) for x in part.items]
         assert not eager_maps, "the sdpa model makes no map"
         eager.encode(eager.read(inputs))
     maps = eager_maps[eager.model.model.visual.blocks[block].attn]
@@ -94,11 +94,11 @@ def encode(model, inputs, *more):
 def test_a_batch_supplies_what_each_prompt_supplies_alone():
     both, alone = two_videos()
     adapter = Qwen3VL(model_of())
-    wants = {"video": Wants(Attention(-1), text=True)}
+    needs = {"video": Needs(Attention(-1), text=True)}
     with torch.no_grad():
-        together = adapter.encode(adapter.read(both), wants)[0].items
+        together = adapter.encode(adapter.read(both), needs)[0].items
         for tokens, inputs in zip(together, alone, strict=True):
-            single = adapter.encode(adapter.read(inputs), wants)[0].items[0]
+            single = adapter.encode(adapter.read(inputs), needs)[0].items[0]
             torch.testing.assert_close(tokens.saliency, single.saliency)
             assert torch.equal(tokens.text, single.text)
 
@@ -107,7 +107,7 @@ def test_text_is_the_prompt_without_frames_and_their_timestamps():
     inputs = image_then_video()
     model = model_of()
     with torch.no_grad():
-        parts = encode(model, inputs, dict.fromkeys(("image", "video"), Wants(text=True)))
+        parts = encode(model, inputs, dict.fromkeys(("image", "video"), Needs(text=True)))
     words = user("Look:", "and", "How many objects are there?")
     ids = processor().tokenizer(words, return_tensors="pt").input_ids[0]
     shown = model.get_input_embeddings()(ids).detach()
@@ -132,14 +132,14 @@ def test_no_hook_stays_after_an_error():
     model = model_of()
     inputs = one_video() | {"pixel_values_videos": one_video()["pixel_values_videos"][:, :-1]}
     with pytest.raises(RuntimeError):
-        encode(model, inputs, dict.fromkeys(("image", "video"), Wants(Attention(0))))
+        encode(model, inputs, dict.fromkeys(("image", "video"), Needs(Attention(0))))
     assert all(not block.attn._forward_pre_hooks for block in model.model.visual.blocks)
 
 
 @pytest.mark.parametrize("block", [3, -4])
 def test_a_block_that_does_not_exist_is_refused(block):
     with pytest.raises(ConfigError, match=r"has 3; expected -3\.\.2"):
-        encode(model_of(), one_video(), {"video": Wants(Attention(block))})
+        encode(model_of(), one_video(), {"video": Needs(Attention(block))})
 
 
 def test_placeholders_that_do_not_fit_are_refused_before_the_tower_runs():
@@ -147,7 +147,7 @@ def test_placeholders_that_do_not_fit_are_refused_before_the_tower_runs():
     ids = inputs["input_ids"] = inputs["input_ids"].clone()
     ids[0, (ids[0] == model_of().config.video_token_id).nonzero()[0]] = 5
     with pytest.raises(PromptError, match="placeholder"):
-        encode(model_of(), inputs, dict.fromkeys(("image", "video"), Wants(text=True)))
+        encode(model_of(), inputs, dict.fromkeys(("image", "video"), Needs(text=True)))
 
 
 def test_a_class_token_that_attends_to_itself_alone_leaves_nothing():

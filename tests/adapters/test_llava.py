@@ -18,7 +18,7 @@ from tokenfuse.adapters.llava import Llava
 from tokenfuse.errors import PromptError
 from tokenfuse.ops.select import top
 from tokenfuse.registry import default_registry
-from tokenfuse.strategies._base import Attention, Wants
+from tokenfuse.strategies._base import Attention, Needs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGE, PAD, SIDE, PATCHES = 7, 0, 32, 16
@@ -147,7 +147,7 @@ def test_saliency_is_what_the_class_token_pays(block):
     tower = model.model.vision_tower
     with torch.no_grad():
         maps = tower(inputs["pixel_values"], output_attentions=True).attentions[block]
-        items = encode(Llava(model), inputs, {"image": Wants(Attention(block))})[0].items
+        items = encode(Llava(model), inputs, {"image": Needs(Attention(block))})[0].items
     for weights, tokens in zip(maps, items, strict=True):
         paid = weights.mean(0)[0, 1:]
         torch.testing.assert_close(tokens.saliency, paid / paid.sum(), atol=1e-6, rtol=1e-4)
@@ -163,7 +163,7 @@ def test_saliency_without_a_class_token_is_what_all_queries_pay():
     with torch.no_grad():
         tower = model.model.vision_tower
         maps = tower(inputs["pixel_values"], output_attentions=True).attentions[-1]
-        tokens = encode(Llava(model), inputs, {"image": Wants(Attention(-1))})[0].items[0]
+        tokens = encode(Llava(model), inputs, {"image": Needs(Attention(-1))})[0].items[0]
     torch.testing.assert_close(tokens.saliency, maps[0].mean((0, 1)), atol=1e-6, rtol=1e-4)
 
 

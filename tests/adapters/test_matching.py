@@ -14,7 +14,7 @@ from tokenfuse.adapters.generic import Generic
 from tokenfuse.errors import UnsupportedModelError
 from tokenfuse.prompt.inputs import MODALITIES
 from tokenfuse.registry import default_registry
-from tokenfuse.strategies._base import Attention, Wants
+from tokenfuse.strategies._base import Attention, Needs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,4 +93,4 @@ def test_saliency_that_an_adapter_does_not_supply_is_refused_before_the_tower_ru
     adapter = default_registry().adapter(family.build("sdpa"))
     inputs = family.prompt([[("text", 1), ("image", 1), ("text", 2)]])
     with pytest.raises(UnsupportedModelError, match="adapter generic supplies no saliency"):
-        adapter.encode(adapter.read(inputs), dict.fromkeys(MODALITIES, Wants(Attention(-1))))
+        adapter.encode(adapter.read(inputs), dict.fromkeys(MODALITIES, Needs(Attention(-1))))

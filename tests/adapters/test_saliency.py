@@ -13,7 +13,7 @@ from families import FAMILIES, PINPOINTS, SIDE
 from tokenfuse.errors import ConfigError, PromptError, UnsupportedModelError
 from tokenfuse.ops import attention as kernel
 from tokenfuse.registry import default_registry
-from tokenfuse.strategies._base import Attention, Wants
+from tokenfuse.strategies._base import Attention, Needs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,10 +37,10 @@ def rows_of(kind):
 
 
 def items_of(adapter, inputs, attention=None, **options):
-    wants = dict.fromkeys(("image", "video"), Wants(attention))
+    needs = dict.fromkeys(("image", "video"), Needs(attention))
     with torch.no_grad():
         return [
-            x for part in adapter.encode(adapter.read(inputs), wants, **options) for x in part.items
+            x for part in adapter.encode(adapter.read(inputs), needs, **options) for x in part.items
         ]
 
 

@@ -260,16 +260,16 @@ def test_answers_follow_prompts_that_a_tokenizer_pads_at_their_end(monkeypatch):
 
 
 def test_the_vision_tower_sees_a_clip_once_for_all_that_want_the_same(monkeypatch):
-    wants = []
+    needs = []
     encode = Qwen3VL.encode
 
     def counted(self, inputs, asked, *more):
-        wants.append(frozenset(asked.items()))
+        needs.append(frozenset(asked.items()))
         return encode(self, inputs, asked, *more)
 
     monkeypatch.setattr(Qwen3VL, "encode", counted)
     benchmark(1, ["ttf", "uniform", "attention"], [0.5, 0.25], tasks=("color",))
-    assert len(wants) == len(set(wants)) == 2
+    assert len(needs) == len(set(needs)) == 2
 
 
 def test_a_strategy_that_fails_on_a_task_has_a_reason(monkeypatch, found):

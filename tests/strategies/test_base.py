@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tokenfuse import get_strategy
 from tokenfuse.ops.select import budget
-from tokenfuse.strategies import Attending, Attention, Scored, Wants
+from tokenfuse.strategies import Attending, Attention, Needs, Scored
 from tokenfuse.strategies.by_modality import ByModality
 from tokenfuse.strategies.ttf import TTF
 from tokenfuse.strategies.uniform import Uniform
@@ -51,8 +51,8 @@ def test_a_strategy_that_attends_says_which_attention_it_reads():
         def choose(self, tokens, count):
             raise NotImplementedError
 
-    assert Mean().wants() == Wants(Attention(-1, "mean"))
-    assert Mean(block=3).wants() == Wants(Attention(3, "mean"))
+    assert Mean().needed() == Needs(Attention(-1, "mean"))
+    assert Mean(block=3).needed() == Needs(Attention(3, "mean"))
 
 
 # How they print

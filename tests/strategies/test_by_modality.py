@@ -13,7 +13,7 @@ from models import model_of, one_video
 from tokenfuse import FusionPlan, Strategy, VisualTokens, get_strategy, hookimpl
 from tokenfuse.errors import ConfigError, PlanError
 from tokenfuse.registry import Registry
-from tokenfuse.strategies._base import Attention, Wants
+from tokenfuse.strategies._base import Attention, Needs
 from tokenfuse.strategies.by_modality import ByModality, PartPlan
 from tokenfuse.strategies.evs import EVS
 from tokenfuse.strategies.holitom import CentredPlan, HoliTom
@@ -256,11 +256,11 @@ def test_it_wants_what_its_parts_want():
         def plan(self, tokens):
             return FusionPlan.identity(tokens.num_tokens)
 
-    assert ByModality(video=TTF()).wants() == Wants()
-    assert ByModality(video=Query()).wants() == Wants(text=True)
+    assert ByModality(video=TTF()).needed() == Needs()
+    assert ByModality(video=Query()).needed() == Needs(text=True)
     both = {"video": {"strategy": "attention", "block": 0}, "image": VisionZip()}
-    assert get_strategy(both).wants() == Wants(Attention(0))
-    assert ByModality(video=Query(), image=HoliTom(block=1)).wants() == Wants(Attention(1), True)
+    assert get_strategy(both).needed() == Needs(Attention(0))
+    assert ByModality(video=Query(), image=HoliTom(block=1)).needed() == Needs(Attention(1), True)
 
 
 def test_it_needs_the_grid_where_a_part_does():

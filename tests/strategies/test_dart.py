@@ -108,8 +108,8 @@ def test_a_short_prompt_has_fewer_pivots(words):
 
 
 def test_without_pivots_in_the_prompt_no_prompt_is_needed():
-    assert DART().wants().text
-    assert not DART(text_pivots=0).wants().text
+    assert DART().needed().text
+    assert not DART(text_pivots=0).needed().text
     assert len(kept(noise(10), 5, text_pivots=0)) == 5
     with pytest.raises(TokensError, match="no text"):
         kept(noise(10), 5)

@@ -238,5 +238,5 @@ def test_the_identity_fuses_to_the_input():
 
 
 def test_it_reads_what_the_mean_query_pays_in_the_last_block():
-    assert FastVID().wants().attention == Attention(-1, "mean")
-    assert FastVID(block=-3).wants().attention == Attention(-3, "mean")
+    assert FastVID().needed().attention == Attention(-1, "mean")
+    assert FastVID(block=-3).needed().attention == Attention(-3, "mean")

@@ -206,8 +206,8 @@ def test_every_group_has_a_token_if_there_are_enough(grid, seed):
 
 
 def test_it_reads_what_all_queries_pay_in_the_last_block():
-    assert HoliTom().wants().attention == Attention(-1, "each")
-    assert HoliTom(block=-3).wants().attention == Attention(-3, "each")
+    assert HoliTom().needed().attention == Attention(-1, "each")
+    assert HoliTom(block=-3).needed().attention == Attention(-3, "each")
 
 
 def test_windows_partition_a_long_video():

@@ -148,8 +148,8 @@ def test_no_value_is_ever_read(keep_ratio):
 
 
 def test_it_asks_for_the_penultimate_block_and_needs_saliency():
-    assert VisionZip().wants().attention == (-2, "each")
-    assert VisionZip(block=-1).wants().attention == (-1, "each")
+    assert VisionZip().needed().attention == (-2, "each")
+    assert VisionZip(block=-1).needed().attention == (-1, "each")
     with pytest.raises(TokensError, match="saliency"):
         VisionZip(keep_ratio=0.5).plan(VisualTokens.from_grid(torch.randn(4, 2), (1, 2, 2)))
 

@@ -26,7 +26,7 @@ from tokenfuse.prompt.inputs import PIXELS, Prompt
 from tokenfuse.prompt.realign import Positions
 from tokenfuse.prompt.text import Place, prompt_texts
 from tokenfuse.prompt.turn import Turn
-from tokenfuse.strategies._base import Attention, Need, Wants
+from tokenfuse.strategies._base import Attention, Need, Needs
 from tokenfuse.tokens import Modality, VisualTokens
 
 Fuse = Callable[[FusionPlan, Tensor], Tensor]
@@ -303,13 +303,13 @@ class Adapter(ModelAdapter):
     def encode(
         self,
         prompt: Prompt,
-        wants: Mapping[Modality, Wants] | None = None,
+        needs: Mapping[Modality, Needs] | None = None,
         frames_as_images: bool = False,
         after: Turn | None = None,
     ) -> list[Encoded]:
         """Run the vision tower once per modality and return every item as ``VisualTokens``.
 
-        ``wants`` says which saliency and whether the prompt's text come with images and videos;
+        ``needs`` says which saliency and whether the prompt's text come with images and videos;
         ``frames_as_images`` whether the images of a prompt are the frames of one video. ``after``:
         what a cache has read of the prompt. Its items are not returned, nor encoded where the
         inputs say which pixels are theirs.
@@ -318,14 +318,14 @@ class Adapter(ModelAdapter):
         host synchronisation per item), ConfigError where the model has no such vision block,
         UnsupportedModelError where the features' places cannot be told.
         """
-        wants, since = wants or {}, 0 if after is None else after.length
+        needs, since = needs or {}, 0 if after is None else after.length
         towers = [
             tower
             for modality in prompt.shows
-            if (tower := self._tower(prompt, modality, wants, frames_as_images, since)).spans
+            if (tower := self._tower(prompt, modality, needs, frames_as_images, since)).spans
         ]
         texts: dict[int, Tensor] = {}
-        if any(wants.get(tower.kind, Wants()).text for tower in towers):
+        if any(needs.get(tower.kind, Needs()).text for tower in towers):
             texts = self._texts(prompt, towers, after)
         return [
             Encoded(x.modality, x.output, x.items(texts), x.kind, x.spans, x.places, x.again)
@@ -336,7 +336,7 @@ class Adapter(ModelAdapter):
         self,
         prompt: Prompt,
         modality: Modality,
-        wants: Mapping[Modality, Wants],
+        needs: Mapping[Modality, Needs],
         frames_as_images: bool,
         since: int,
     ) -> _Tower:
@@ -353,7 +353,7 @@ class Adapter(ModelAdapter):
             if not new:
                 return _Tower(modality, kind, None, prompt.ids.new_empty(0, 0), [], None, [])
             inputs = {**inputs, **self.pixels_of(inputs, modality, new)}
-        attention = wants.get(kind, Wants()).attention
+        attention = needs.get(kind, Needs()).attention
         with self.listen(attention, modality) as heard:
             output = self._encode(inputs, modality)
         saliency = None

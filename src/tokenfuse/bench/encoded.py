@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenfuse.adapters._base import Adapter, Encoded
-from tokenfuse.compression import CompressedInputs, compress_prompt, wants_of
+from tokenfuse.compression import CompressedInputs, compress_prompt, needs_of
 from tokenfuse.config import Configuration
 from tokenfuse.plan import FusionPlan
 from tokenfuse.tokens import Modality
@@ -22,10 +22,10 @@ class EncodedPrompt:
 
     def encoded(self, configuration: Configuration) -> list[Encoded]:
         """What the vision tower makes of the prompts for this configuration."""
-        wants = wants_of(configuration.strategy)
-        key = frozenset(wants.items())
+        needs = needs_of(configuration.strategy)
+        key = frozenset(needs.items())
         if key not in self._seen:
-            self._seen[key] = self.adapter.encode(self.prompt, wants)
+            self._seen[key] = self.adapter.encode(self.prompt, needs)
         return self._seen[key]
 
     def shorten(

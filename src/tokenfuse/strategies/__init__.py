@@ -7,9 +7,9 @@ from tokenfuse.strategies._base import (
     Attention,
     Budgeted,
     Compressed,
+    Needs,
     Scored,
     Strategy,
-    Wants,
 )
 from tokenfuse.strategies._fields import KeepRatio
 
@@ -19,7 +19,7 @@ __all__ = [
     "Budgeted",
     "Compressed",
     "KeepRatio",
+    "Needs",
     "Scored",
     "Strategy",
-    "Wants",
 ]

@@ -37,7 +37,7 @@ class Attention(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wants:
+class Needs:
     """What one configured strategy needs of the adapter, beside features.
 
     ``attention``: the attention that ``tokens.saliency`` has to be, or None for no saliency.
@@ -102,9 +102,9 @@ class Strategy(BaseModel, ABC):
             self.fuse(plan, tokens.features), plan.select(tokens.coords), plan.sizes, plan
         )
 
-    def wants(self) -> Wants:
+    def needed(self) -> Needs:
         """What the adapter has to supply for this configuration."""
-        return Wants(Attention() if "saliency" in self.needs else None, "text" in self.needs)
+        return Needs(Attention() if "saliency" in self.needs else None, "text" in self.needs)
 
     @property
     def needs_grid(self) -> bool:
@@ -225,5 +225,5 @@ class Attending(Budgeted):
 
     block: VisionBlock = -1
 
-    def wants(self) -> Wants:
-        return replace(super().wants(), attention=Attention(self.block, self.query))
+    def needed(self) -> Needs:
+        return replace(super().needed(), attention=Attention(self.block, self.query))

@@ -32,4 +32,4 @@ class AttentionPruning(Scored, Attending):
     block: VisionBlock = -2
 
     def score(self, tokens: VisualTokens) -> Float[Tensor, " N"]:
-        return tokens.demand("saliency")
+        return tokens.needed("saliency")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenfuse.errors import PlanError
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Strategy, Wants
+from tokenfuse.strategies._base import Needs, Strategy
 from tokenfuse.strategies._parts import PART, check_part, load_part
 from tokenfuse.tokens import Grid, Modality, VisualTokens
 
@@ -110,14 +110,14 @@ class ByModality(Strategy):
             "PartPlan: fuse with the strategy that made the plan"
         )
 
-    def wants(self) -> Wants:
+    def needed(self) -> Needs:
         """What its parts need together; where they read different vision blocks, the first one's.
 
         Ask the part of an item's modality instead where the modality is known.
         """
-        each = [part.wants() for part in self._parts]
-        attention = next((wants.attention for wants in each if wants.attention), None)
-        return Wants(attention, any(wants.text for wants in each))
+        each = [part.needed() for part in self._parts]
+        attention = next((needs.attention for needs in each if needs.attention), None)
+        return Needs(attention, any(needs.text for needs in each))
 
     @property
     def needs_grid(self) -> bool:

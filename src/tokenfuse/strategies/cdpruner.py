@@ -70,7 +70,7 @@ class CDPruner(Budgeted):
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
         n = tokens.num_tokens
         cosines = Cosines(tokens.features, _hold(n, count))
-        quality = relevance(cosines.units, tokens.demand("text"))
+        quality = relevance(cosines.units, tokens.needed("text"))
         picks, gains = greedy_map(cosines, self._weight(quality), count)
         # An index may occur twice, but only among picks without gain.
         gain = torch.zeros_like(quality).index_add(0, picks, (gains > 0).to(quality.dtype))

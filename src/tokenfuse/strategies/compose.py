@@ -20,7 +20,7 @@ from torch import Tensor
 from tokenfuse.errors import PlanError
 from tokenfuse.ops.select import budget
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Strategy, Wants
+from tokenfuse.strategies._base import Needs, Strategy
 from tokenfuse.strategies._parts import PART, check_part, load_part
 from tokenfuse.tokens import Grid, VisualTokens
 
@@ -76,7 +76,7 @@ class Compose(Strategy):
                 raise ValueError(
                     f"{_first(step).name} needs every place of the grid, so it can only come first"
                 )
-        if len({step.wants().attention for step in steps} - {None}) > 1:
+        if len({step.needed().attention for step in steps} - {None}) > 1:
             raise ValueError("its steps read the attention of different vision blocks; set one")
         return steps
 
@@ -91,10 +91,10 @@ class Compose(Strategy):
     def _describe_steps(self, steps: tuple[Strategy, ...]) -> list[dict[str, Any]]:
         return [step.describe() for step in steps]
 
-    def wants(self) -> Wants:
-        each = [step.wants() for step in self.compose]
-        attention = next((wants.attention for wants in each if wants.attention), None)
-        return Wants(attention, any(wants.text for wants in each))
+    def needed(self) -> Needs:
+        each = [step.needed() for step in self.compose]
+        attention = next((needs.attention for needs in each if needs.attention), None)
+        return Needs(attention, any(needs.text for needs in each))
 
     @property
     def needs_grid(self) -> bool:

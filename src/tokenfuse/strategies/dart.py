@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenfuse.ops.select import true_indices
 from tokenfuse.ops.similarity import to_steps, unit
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Budgeted, Need, Wants
+from tokenfuse.strategies._base import Budgeted, Need, Needs
 from tokenfuse.strategies._fields import KeepRatio
 from tokenfuse.tokens import Grid, VisualTokens
 
@@ -48,15 +48,15 @@ class DART(Budgeted):
     image_pivots: int = Field(4, ge=1, description="visual tokens to compare all others with")
     text_pivots: int = Field(4, ge=0, description="prompt tokens to compare all others with")
 
-    def wants(self) -> Wants:
-        return replace(super().wants(), text=self.text_pivots > 0)
+    def needed(self) -> Needs:
+        return replace(super().needed(), text=self.text_pivots > 0)
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
         units, blank = unit(tokens.features)
         own = _greatest(tokens.features, min(self.image_pivots, count))
         pivots = units[own]
         if self.text_pivots:
-            text = tokens.demand("text")
+            text = tokens.needed("text")
             prompt = text[_greatest(text, self.text_pivots)]
             pivots = torch.cat([pivots, unit(prompt)[0]])
         # Beyond every cosine: nothing is less welcome than a blank token.

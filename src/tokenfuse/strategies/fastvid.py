@@ -80,7 +80,7 @@ class FastVID(Attending):
         similar = rowwise(means[:-1], means[1:]).tolist()
         share = self._share(similar, count, places)
 
-        saliency = tokens.demand("saliency").to(torch.float32).view(t, places)
+        saliency = tokens.needed("saliency").to(torch.float32).view(t, places)
         kept = top_per_row(saliency, torch.tensor(share.salient, device=frames.device))
         index = torch.arange(t * places, device=frames.device)
         root = torch.where(kept.flatten(), index, DROPPED)

@@ -109,7 +109,7 @@ class HoliTom(Attending):
         quotas = windows.quotas(count)
         of_frames = quotas[len(spans) :]
         dominant = [round(k * (1 - self.contextual)) for k in of_frames]
-        saliency = tokens.demand("saliency").to(torch.float32).view(t, places)
+        saliency = tokens.needed("saliency").to(torch.float32).view(t, places)
         salient = top_per_row(
             saliency.masked_fill(~windows.moving, -torch.inf),
             torch.tensor(dominant, device=frames.device),

@@ -76,7 +76,7 @@ class VisionZip(Attending):
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
         frames = tokens.frames.flatten(1, 2)
         t, places, _ = frames.shape
-        saliency = tokens.demand("saliency").to(torch.float32).view(t, places)
+        saliency = tokens.needed("saliency").to(torch.float32).view(t, places)
         index = torch.arange(tokens.num_tokens, device=frames.device).view(t, places)
         survivors, roots = [], []
         # How many a frame keeps is known beforehand, so that this loop reads no value.

@@ -22,7 +22,7 @@ from tokenfuse.prompt.cache import as_argument, cache_of
 from tokenfuse.prompt.inputs import MODALITIES, PER_TOKEN, PIXELS
 from tokenfuse.registry import Registry, default_registry
 from tokenfuse.sessions.proportional import before_attention
-from tokenfuse.strategies._base import Attention, Strategy, Wants
+from tokenfuse.strategies._base import Attention, Needs, Strategy
 from tokenfuse.testing.oracle import DeletedRun, MaskedRun
 from tokenfuse.tokens import Modality, VisualTokens
 
@@ -345,11 +345,11 @@ class AdapterConformance:
         self,
         model: Any,
         inputs: Mapping[str, Any],
-        wants: Mapping[Modality, Wants] | None = None,
+        needs: Mapping[Modality, Needs] | None = None,
     ) -> list[Encoded]:
         """The items of the inputs, as the adapter has them."""
         adapter = self.adapter_of(model)
-        return adapter.encode(adapter.read(inputs), wants, self.frames_as_images)
+        return adapter.encode(adapter.read(inputs), needs, self.frames_as_images)
 
     def close(self, mine: Tensor, theirs: Tensor) -> None:
         """Assert that two tensors are equal up to rounding."""
@@ -919,9 +919,9 @@ class AdapterConformance:
         model, inputs = self.model(self.attentions[0]), self.inputs(alone)
         if "saliency" not in self.adapter_of(model).supplies:
             pytest.skip("this adapter supplies no saliency")
-        wants: dict[Modality, Wants] = {m: Wants(Attention(-1)) for m in MODALITIES}
+        needs: dict[Modality, Needs] = {m: Needs(Attention(-1)) for m in MODALITIES}
         with torch.no_grad():
-            encoded = self.encode(model, inputs, wants)
+            encoded = self.encode(model, inputs, needs)
         for part in encoded:
             for tokens in part.items:
                 assert tokens.saliency is not None
