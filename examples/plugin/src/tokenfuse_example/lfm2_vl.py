@@ -8,6 +8,7 @@ from torch import Tensor
 from tokenfuse import Adapter
 from tokenfuse.adapters import Span
 from tokenfuse.errors import PromptError
+from tokenfuse.prompt.inputs import Prompt
 
 
 class Lfm2VL(Adapter):
@@ -16,7 +17,8 @@ class Lfm2VL(Adapter):
     name: ClassVar[str] = "lfm2_vl"
     family: ClassVar[tuple[str, ...]] = ("lfm2_vl",)
 
-    def check(self, inputs: Mapping[str, Any], modality: str) -> None:
+    def check(self, prompt: Prompt, modality: str) -> None:
+        inputs = prompt.inputs
         shapes, mask = inputs.get("spatial_shapes"), inputs.get("pixel_attention_mask")
         if shapes is None or mask is None:
             raise PromptError(
