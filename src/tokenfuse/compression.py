@@ -5,6 +5,7 @@ First and later turns take it alike, whatever calls it: ``compress``, a session,
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from tokenfuse.config import Configuration, StrategyLike, get_configuration
 from tokenfuse.costs import Stopwatch, attends, kv_cache_bytes, prefill_flops, versions
 from tokenfuse.errors import ConfigError, PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
-from tokenfuse.prompt.inputs import MODALITIES, Prompt
+from tokenfuse.prompt.inputs import MODALITIES, PIXELS, Prompt
 from tokenfuse.prompt.realign import PaddingSide
 from tokenfuse.prompt.shares import Shares
 from tokenfuse.prompt.turn import Item, Shortened, Turn, in_prompt_order, shorten_prompt
@@ -36,7 +37,10 @@ TAKES_A_BIAS = ("sdpa", "eager")
 
 
 class Observe(Protocol):
-    """Hears of each plan and each report, by the name of a hook and its arguments."""
+    """A callable that is told of each plan and each report.
+
+    ``hook``: which of the observing hooks it is. ``arguments``: those of the hook.
+    """
 
     def __call__(self, hook: str, /, **arguments: Any) -> None: ...
 
@@ -83,11 +87,15 @@ class CompressedInputs(dict[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedInputs:
         # A tensor that stands in a graph can be cloned, but not copied by its own method.
-        parts = _mapped((dict(self), self.columns, self.turn), torch.clone)
+        parts = _mapped(
+            (dict(self), self.columns, self.turn), torch.clone, lambda x: copy.deepcopy(x, memo)
+        )
         return CompressedInputs(parts[0], self.report, *parts[1:])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CompressedInputs, (dict(self), self.report, self.columns, self.turn)
+        # A graph is of this process alone.
+        values = _mapped(dict(self), torch.detach)
+        return CompressedInputs, (values, self.report, self.columns, self.turn)
 
     def __repr__(self) -> str:
         lengths = (self.report.prompt_before, self.report.prompt_after)
@@ -125,6 +133,7 @@ def compress(
     """
     if padding_side not in (None, "left", "right"):
         raise ConfigError(f"padding_side is {padding_side!r}; valid: left, right, None (as it is)")
+    check_frames_as_images(frames_as_images)
     known = registry or default_registry()
     adapter = prompt_adapter(model, known)
     chosen = get_configuration(strategy, registry=known, **options)
@@ -146,8 +155,17 @@ def compress(
             observe=known.observe,
         )
     if wanted and not model.training and "mm_encoder_outputs" in short:
-        refuse_backward(adapter, short["mm_encoder_outputs"])
+        refuse_backward(adapter, inputs, short["mm_encoder_outputs"])
     return short
+
+
+def check_frames_as_images(value: Any) -> None:
+    """Raise ConfigError unless it is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(
+            f"frames_as_images is {value!r}; expected True, where the images of a prompt are the "
+            "frames of one video, or False"
+        )
 
 
 def prompt_adapter(model: Any, registry: Registry) -> Adapter:
@@ -278,7 +296,7 @@ def refuse_unmet_needs(adapter: Adapter, configuration: Configuration) -> None:
         unmet = {need for need, asked in wanted.items() if asked} - adapter.supplies
         if unmet:
             raise UnsupportedModelError(
-                f"strategy {part.name} needs {', '.join(sorted(unmet))}, which adapter "
+                f"strategy {part.name} needs {', '.join(sorted(unmet))}, which model family "
                 f"{adapter.name} does not supply: choose a strategy that needs features only"
             )
 
@@ -321,30 +339,38 @@ class _NoBackward(torch.autograd.Function):
         )
 
 
-def refuse_backward(adapter: Adapter, outputs: Any) -> None:
-    """Let a backward pass through encoded features raise, if the vision tower could be trained."""
+def refuse_backward(adapter: Adapter, inputs: Mapping[str, Any], outputs: Any) -> None:
+    """Let a backward pass through encoded features raise, if what is before them needs gradients.
+
+    ``outputs``: the features, which are replaced by ones that raise.
+    """
     base = adapter.model.base_model
     decoder = {id(parameter) for parameter in adapter.model.get_decoder().parameters()}
-    if any(p.requires_grad and id(p) not in decoder for p in base.parameters()):
+    pixels = (inputs.get(name) for name in PIXELS.values())
+    wanted = any(isinstance(x, Tensor) and x.requires_grad for x in pixels)
+    if wanted or any(p.requires_grad and id(p) not in decoder for p in base.parameters()):
         anchor = torch.zeros((), requires_grad=True)
         marked = _mapped(outputs, lambda x: _NoBackward.apply(x, anchor))
         outputs.update(marked)
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """``value`` with every tensor in its containers changed."""
+def _mapped(
+    value: Any, change: Callable[[Tensor], Any], other: Callable[[Any], Any] = lambda x: x
+) -> Any:
+    """``value`` with every tensor in its containers changed, and by ``other`` all else."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        fields = {name: _mapped(item, change) for name, item in value.items()}
+        fields = {name: _mapped(item, change, other) for name, item in value.items()}
         return fields if type(value) is dict else type(value)(**fields)
     if isinstance(value, list | tuple):
-        parts = [_mapped(item, change) for item in value]
+        parts = [_mapped(item, change, other) for item in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if isinstance(value, Turn | FusionPlan | Shares):
         names = [field.name for field in dataclasses.fields(value) if field.init]
-        return replace(value, **{name: _mapped(getattr(value, name), change) for name in names})
-    return value
+        changed = {name: _mapped(getattr(value, name), change, other) for name in names}
+        return replace(value, **changed)
+    return other(value)
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:

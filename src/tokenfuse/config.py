@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from tokenfuse.errors import ConfigError, UnknownNameError, did_you_mean
+from tokenfuse.prompt.realign import Policy
 from tokenfuse.registry import Registry, default_registry
 from tokenfuse.strategies._base import Strategy
 
@@ -19,7 +20,6 @@ KEY = "strategy"
 MEANT_BY = {"compose": "compose", "video": "by_modality", "image": "by_modality"}
 """Keys that need no strategy beside them, and the strategy that each means."""
 
-Positions = Literal["keep", "contiguous"]
 AttentionMode = Literal["plain", "proportional"]
 
 
@@ -34,7 +34,7 @@ class Configuration:
     """
 
     strategy: Strategy
-    positions: Positions = "keep"
+    positions: Policy = "keep"
     attention: AttentionMode = "plain"
 
     def describe(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Configuration:
 
 
 PROMPT_OPTIONS: dict[str, tuple[str, ...]] = {
-    "positions": get_args(Positions),
+    "positions": get_args(Policy),
     "attention": get_args(AttentionMode),
 }
 """Options of a configuration that say how the whole prompt is read, and their values."""
@@ -171,6 +171,8 @@ def _part(part: Any, where: _Where, registry: Registry) -> Strategy:
     """A strategy that is part of another configuration."""
     if isinstance(part, Configuration):
         raise ConfigError(f"{where.of()}{part!r} is a whole configuration; expected a Strategy")
+    if isinstance(part, Strategy):
+        _refuse_prompt_options_of(type(part))
     values, where = _values(part, {}, registry, where)
     for name in PROMPT_OPTIONS:
         if name in values:
@@ -294,8 +296,14 @@ def _file(source: str | Path, registry: Registry, where: _Where) -> Path | None:
     if isinstance(source, str) and source in shipped:
         return shipped[source]
     path = Path(source)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"{where.of()}{str(source)[:40]!r}… is no name and no path; expected a strategy, a "
+            "preset or a YAML file: read a text with yaml.safe_load, and pass the mapping"
+        ) from None
     names = {*registry.strategies, *shipped}
     if isinstance(source, str) and not path.suffix and path.parent == Path():
         raise UnknownNameError(

@@ -8,7 +8,7 @@ TokenFuseError
 ├── PlanError (ValueError)            a plan is not a valid plan for its tokens
 ├── PromptError (ValueError)          a prompt does not fit its visual features
 ├── UnsupportedModelError (TypeError) no adapter matches the model, or the adapter lacks something
-├── AttachError (RuntimeError)        attach() is used on a model that is already attached
+├── AttachError (RuntimeError)        a model is attached already, or a session is not attached
 └── VideoError (ValueError)           a file cannot be read as a video
 
 A message names what was given, what was expected and how to mend it.
@@ -56,7 +56,7 @@ class UnsupportedModelError(TokenFuseError, TypeError):
 
 
 class AttachError(TokenFuseError, RuntimeError):
-    """``attach`` is used on a model that is already attached."""
+    """A model is attached already, or a session is not attached."""
 
 
 class VideoError(TokenFuseError, ValueError):

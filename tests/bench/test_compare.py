@@ -129,7 +129,7 @@ def test_all_may_stand_beside_names(found, model):
 
 def test_what_the_adapter_cannot_supply_is_a_candidate_with_a_reason(found, model):
     chosen = {c.label: c for c in candidates([], [0.5], Poor(model), found)}
-    assert "needs saliency, which adapter poor does not supply" in chosen["attention"].reason
+    assert "needs saliency, which model family poor does not supply" in chosen["attention"].reason
     assert chosen["attention"].configuration is None
     assert chosen["uniform"].reason is None
 

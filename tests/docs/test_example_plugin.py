@@ -115,4 +115,4 @@ def test_nothing_of_it_is_left_after_uninstalling(installed):
     installed.pip("uninstall", "--yes", "tokenfuse-example")
     assert set(installed.listed("strategies").values()) == {"tokenfuse"}
     error = installed.tell("run", "--strategy", CONFIG, expected=2).stderr
-    assert 'no strategy is called "checkerboard"' in error
+    assert 'no strategy or preset is called "checkerboard"' in error

@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-# Its script asks 100 questions under 14 settings, which takes minutes.
+# Its script asks 100 questions under each of 14 settings.
 TOO_LONG = {ROOT / "docs/explanation/micro.md"}
 BLOCK = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 PROGRAM = "AutoModelForImageTextToText.from_pretrained"

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 import tokenfuse
+from tokenfuse.config import get_configuration
 from tokenfuse.errors import ConfigError, UnknownNameError
 from tokenfuse.inference.inputs import video_inputs
 from tokenfuse.inference.load import load
@@ -36,9 +37,9 @@ needs_lmms_eval = pytest.mark.skipif(absent, reason="lmms-eval is not installed"
 
 def test_arguments_go_to_the_model_or_to_the_strategy():
     given = {"pretrained": "a/b", "strategy": "ttf", "threshold": 0.8, "max_num_frames": 8}
-    kept, strategy = split_args(given, OWN)
+    kept, configuration = split_args(given, OWN)
     assert kept == {"pretrained": "a/b", "max_num_frames": 8}
-    assert strategy == tokenfuse.get_strategy("ttf", threshold=0.8)
+    assert configuration == get_configuration("ttf", threshold=0.8)
 
 
 @pytest.mark.parametrize("given", [{}, {"strategy": "none"}])
@@ -49,8 +50,8 @@ def test_without_a_strategy_there_is_none(given):
 def test_a_strategy_may_be_a_preset_or_a_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("strategy: ttf\nwindow: 5\n")
-    assert split_args({"strategy": "ttf-third"}, OWN)[1] == tokenfuse.get_strategy("ttf-third")
-    expected = tokenfuse.get_strategy("ttf", window=5, threshold=0.9)
+    assert split_args({"strategy": "ttf-third"}, OWN)[1] == get_configuration("ttf-third")
+    expected = get_configuration("ttf", window=5, threshold=0.9)
     assert split_args({"strategy": str(path), "threshold": 0.9}, OWN)[1] == expected
 
 
@@ -142,7 +143,7 @@ def test_results_hold_the_configuration_and_the_figures(evaluator):
     model = compressing(Base)(pretrained=CHECKPOINT, device="cpu", strategy="ttf", threshold=0.8)
     found = evaluator.evaluate(lm=model)["tokenfuse"]
     assert model.device_map == "cpu"
-    assert found["strategy"] == tokenfuse.get_strategy("ttf", threshold=0.8).describe()
+    assert found["strategy"] == get_configuration("ttf", threshold=0.8).describe()
     assert (found["prompts"], found["processes"], found["left_whole"]) == (3, 1, {})
     assert 0 < found["tokens_after"] < found["tokens_before"] == 3 * 288
     assert found["reduction"] == 1 - found["tokens_after"] / found["tokens_before"]
@@ -268,9 +269,9 @@ def test_lmms_eval_scores_the_uncompressed_model(task, tmp_path):
 def test_lmms_eval_writes_what_compression_did(task, tmp_path, arguments, options):
     results = run(task, tmp_path, arguments, *options)
     assert results["results"]["micro_clips"]["right,none"] >= 16 / 18
-    found, expected = results["tokenfuse"], tokenfuse.get_strategy("ttf", threshold=0.7)
+    found, expected = results["tokenfuse"], get_configuration("ttf", threshold=0.7)
     if "causal" in arguments:
-        expected = tokenfuse.get_strategy("ttf-causal", attention="proportional")
+        expected = get_configuration("ttf-causal", attention="proportional")
     assert found["strategy"] == expected.describe()
     assert found["prompts"] == 18
     assert found["tokens_before"] == 18 * 288

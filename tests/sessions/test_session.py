@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache, pipeline
 
 import tokenfuse
+from families import FAMILIES
 from models import (
     AMONG,
     Halves,
@@ -115,6 +116,23 @@ def test_a_wrapper_of_somebody_else_stays_and_calls_the_model():
     session.detach()
     assert model.forward is theirs
     assert lengths(model) == WHOLE
+
+
+def test_a_session_that_is_entered_again_acts_once_through_a_wrapper_that_stayed():
+    model = build()
+    session = attach(model)
+    inner = model.forward
+
+    @functools.wraps(inner)
+    def theirs(*args, **kwargs):
+        return inner(*args, **kwargs)
+
+    model.forward = theirs
+    session.detach()
+    with session, torch.no_grad():
+        logits = model(**one_video()).logits
+    assert len(session.reports) == 1
+    assert logits.shape[1] < WHOLE
 
 
 def test_a_pipeline_stands_for_its_model():
@@ -321,6 +339,11 @@ def test_compressed_inputs_keep_their_report_when_copied():
         assert all(torch.equal(a.target, b.target) for a, b in plans)
     again = pickle.loads(pickle.dumps(short))
     assert again.report == short.report
+    features = again["mm_encoder_outputs"]["video"].pooler_output
+    assert not any(x.requires_grad for x in features)
+    cached = compress(model_of(), two_videos() | as_argument(DynamicCache()))
+    (name,) = as_argument(None)
+    assert copy.deepcopy(cached)[name] is not cached[name]
     assert type({**short}) is dict
     before, after = short.report.prompt_before[0], short.report.prompt_after[0]
     assert repr(short).startswith(f"CompressedInputs({before} -> {after} tokens: ")
@@ -362,3 +385,21 @@ def test_a_later_turn_encodes_only_the_new_video(read):
 
 
 VIDEO = ("pixel_values_videos", "video_grid_thw")
+
+
+def test_surplus_pixels_in_a_later_turn_are_refused():
+    family = FAMILIES["llava"]
+    model = family.build("sdpa")
+    first = family.prompt([[("text", 1), ("image", 1), ("text", 2), ("image", 2), ("text", 3)]])
+    with tokenfuse.attach(model, "uniform", keep_ratio=0.5):
+        out = model.generate(**first, max_new_tokens=1, return_dict_in_generate=True)
+        more = family.prompt([[("text", 6), ("image", 4), ("text", 7)]])
+        whole = {
+            "input_ids": torch.cat([out.sequences, more["input_ids"]], -1),
+            "pixel_values": torch.cat([first["pixel_values"], more["pixel_values"]]),
+        }
+        later = whole | as_argument(copy.deepcopy(cache_of(out)))
+        assert model.generate(**later, max_new_tokens=1).shape[1] > whole["input_ids"].shape[1]
+        whole["pixel_values"] = torch.cat([whole["pixel_values"], more["pixel_values"]])
+        with pytest.raises(PromptError, match="placeholder"):
+            model.generate(**whole, **as_argument(cache_of(out)), max_new_tokens=1)

@@ -4,6 +4,7 @@ Threads change places at the points that hooks mark, in every order: inside the 
 the language model reads the prompt, and before it reads a token of the answer.
 """
 
+import contextvars
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -194,3 +195,58 @@ def test_compress_in_two_threads_hears_its_own_tower(model):
             lambda: compress(model, second, options)["input_ids"],
         )
         same(found, alone)
+
+
+class Streamer:
+    """Calls something when the prompt has been read, before the first token."""
+
+    def __init__(self, call):
+        self.call, self.puts = call, 0
+
+    def put(self, value):
+        self.puts += 1
+        if self.puts == 1:
+            self.call()
+
+    def end(self):
+        pass
+
+
+def in_a_thread(call):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result(60)
+
+
+def test_another_session_may_take_over_while_a_request_runs(model):
+    inputs, sessions = one_video(), [attach(model)]
+    expected = model.generate(**inputs, max_new_tokens=4)
+
+    def swap():
+        sessions[0].detach()
+        sessions[0] = attach(model, Halves())
+
+    ids = model.generate(**inputs, max_new_tokens=4, streamer=Streamer(lambda: in_a_thread(swap)))
+    assert torch.equal(ids, expected)
+    sessions[0].detach()
+
+
+def test_a_request_in_a_copied_context_is_compressed(model):
+    inputs = one_video()
+    with attach(model) as session:
+        context = []
+        streamer = Streamer(lambda: context.append(contextvars.copy_context()))
+        model.generate(**inputs, max_new_tokens=2, streamer=streamer)
+        in_a_thread(lambda: context[0].run(lambda: model.generate(**inputs, max_new_tokens=2)))
+        with torch.no_grad():
+            logits = context[0].run(lambda: model(**inputs)).logits
+        assert len(session.reports) == 3
+        assert logits.shape[1] == session.columns.shape[1] < inputs["input_ids"].shape[1]
+
+
+def test_a_request_inside_another_is_compressed(model):
+    inputs = one_video()
+    with attach(model) as session:
+        inner = Streamer(lambda: model.generate(**two_videos(), max_new_tokens=2))
+        ids = model.generate(**inputs, max_new_tokens=3, streamer=inner)
+        assert torch.equal(ids, model.generate(**inputs, max_new_tokens=3))
+        assert len(session.reports) == 3

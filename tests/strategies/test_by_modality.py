@@ -11,6 +11,7 @@ import torch
 import tokenfuse
 from models import model_of, one_video
 from tokenfuse import FusionPlan, Strategy, VisualTokens, get_strategy, hookimpl
+from tokenfuse.config import Configuration, get_configuration
 from tokenfuse.errors import ConfigError, PlanError
 from tokenfuse.registry import Registry
 from tokenfuse.strategies._base import Attention, Needs
@@ -59,7 +60,8 @@ def test_a_file_names_it_by_its_keys(tmp_path):
     assert get_strategy(path, video="ttf-gentle").video == TTF(threshold=0.9)
     assert get_strategy(found, image=None) == ByModality(video=EVS(keep_ratio=0.3))
     path.write_text("image: uniform\npositions: contiguous\n")
-    assert get_strategy(path) == ByModality(image=Uniform(), positions="contiguous")
+    expected = Configuration(ByModality(image=Uniform()), positions="contiguous")
+    assert get_configuration(path) == expected
 
 
 @pytest.mark.parametrize(
@@ -71,10 +73,10 @@ def test_a_file_names_it_by_its_keys(tmp_path):
     ],
 )
 def test_it_survives_its_description(parts):
-    whole = get_strategy(parts)
+    whole = get_configuration(parts)
     described = json.loads(json.dumps(whole.describe()))
     assert described["strategy"] == "by_modality"
-    assert get_strategy(described) == whole
+    assert get_configuration(described) == whole
 
 
 def test_parts_may_be_of_another_registry():
@@ -110,7 +112,7 @@ def test_parts_may_be_of_another_registry():
         ({"video": {"compose": ["ttf", {"strategy": 3}]}}, "^video: compose: step 2: strategy: 3"),
         (
             {"video": "ttf", "keep_ratio": 0.5},
-            "unknown key keep_ratio of by_modality: valid: attention, im",
+            "unknown key keep_ratio of by_modality: valid: image, vi",
         ),
         ({"video": "ttf", "img": "uniform"}, "unknown key img of by_modality"),
         ({"video": None}, "no strategy for videos nor for images; expected one or both"),

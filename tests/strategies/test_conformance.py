@@ -65,13 +65,15 @@ def test_the_built_in_strategies_that_compare_frames_only():
 @pytest.mark.parametrize("positions", ["keep", "contiguous"])
 def test_a_model_s_batch_is_planned_as_each_prompt_alone(name, positions):
     model = model_of()
-    strategy = make(name, positions=positions, **{"keep_ratio": 0.4} if name in BUDGETED else {})
+    strategy = make(name, **{"keep_ratio": 0.4} if name in BUDGETED else {})
     videos, asked = [frames(5, 2), frames(6, 4)], ["What color is it?", "How many?"]
     texts = [user("video", question) for question in asked]
-    both = tokenfuse.compress(model, prompt(texts, videos=videos), strategy)
+    both = tokenfuse.compress(model, prompt(texts, videos=videos), strategy, positions=positions)
     length = both["input_ids"].shape[1]
     for row, (text, video) in enumerate(zip(texts, videos, strict=True)):
-        alone = tokenfuse.compress(model, prompt([text], videos=[video]), strategy)
+        alone = tokenfuse.compress(
+            model, prompt([text], videos=[video]), strategy, positions=positions
+        )
         assert torch.equal(both.plans["video"][row].target, alone.plans["video"][0].target)
         own = alone["input_ids"].shape[1]
         assert torch.equal(both["input_ids"][row, length - own :], alone["input_ids"][0])

@@ -77,7 +77,8 @@ class AnyRes(Adapter):
         inputs = prompt.inputs
         if modality == "video":
             return super().feature_counts(prompt, modality)
-        # Images whose tiles follow each other, or that are cut by how many there are in a prompt.
+        # Tiles of several images in one row of pixels do not say whose they are; batch_num_images
+        # decides how images are cut, and counts all of them.
         read = self.encoder_inputs(inputs, modality).keys()
         if inputs["pixel_values"].ndim != 5 or read != {"pixel_values", "image_sizes"}:
             return None

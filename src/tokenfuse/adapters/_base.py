@@ -24,7 +24,7 @@ from tokenfuse.errors import PromptError, UnsupportedModelError
 from tokenfuse.plan import DROPPED, FusionPlan
 from tokenfuse.prompt.inputs import PIXELS, Prompt
 from tokenfuse.prompt.realign import Positions
-from tokenfuse.prompt.text import Place, prompt_texts
+from tokenfuse.prompt.text import Place, mismatch, prompt_texts
 from tokenfuse.prompt.turn import Turn
 from tokenfuse.strategies._base import Attention, Need, Needs
 from tokenfuse.tokens import Modality, VisualTokens
@@ -98,9 +98,14 @@ class _Tower(NamedTuple):
         """The same without what stands before a column."""
         new = [i for i, ((_, first), _) in enumerate(self.places) if first >= column]
         sizes = [span.size for span in self.spans]
-        output = _map_features(
-            self.output, lambda features: [flat(features).split(sizes)[i] for i in new]
-        )
+
+        def chosen(features: Any) -> Any:
+            parts = flat(features).split(sizes)
+            if isinstance(features, Tensor):
+                return torch.cat([self.features[:0], *(parts[i] for i in new)])[:, None]
+            return type(features)(parts[i] for i in new)
+
+        output = _map_features(self.output, chosen)
         saliency = self.saliency
         if saliency is not None:
             parts = saliency.split([span.num_tokens for span in self.spans])
@@ -361,6 +366,8 @@ class Adapter(ModelAdapter):
             saliency = self._saliency(heard, attention.block, inputs, modality)
         entries = [flat([entry]) for entry in output.pooler_output]
         features = flat(entries)
+        if counts is not None and len(features) != sum(counts[i] for i in new):
+            raise mismatch(modality, sum(counts[i] for i in new), len(features))
         spans = self.spans(inputs, modality, entries)
         layout.check_spans(spans, len(features), modality)
         sizes = [span.size for span in spans]

@@ -65,7 +65,7 @@ def check(path: Path) -> None:
         backend = import_module("matplotlib.backend_bases")
     except ImportError as error:
         raise ConfigError(
-            'drawing needs matplotlib, which is not installed: pip install "tokenfuse[plots]"'
+            "drawing needs matplotlib, which is not installed: pip install matplotlib"
         ) from error
     kinds = backend.FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:] not in kinds:

@@ -14,7 +14,7 @@ from tokenfuse.bench.candidates import CONTROLS, UNCOMPRESSED, Row
 from tokenfuse.bench.compare import Comparison
 from tokenfuse.bench.markdown import NONE
 from tokenfuse.bench.micro import OWN_MODEL, Benchmark
-from tokenfuse.config import KEY
+from tokenfuse.config import KEY, PROMPT_OPTIONS, Configuration
 from tokenfuse.costs import flops, size
 from tokenfuse.inference.run import RunResult, VideoQuestion
 from tokenfuse.micro import CHECKPOINT, SAMPLE
@@ -210,10 +210,11 @@ def _changed(described: Mapping[str, Any]) -> dict[str, Any] | str:
     """A described strategy without its defaults, or its name alone where nothing else is left."""
     entry = default_registry().strategies.get(described[KEY])
     fields = entry.cls.model_fields if entry else {}
+    usual = {name: getattr(Configuration, name) for name in PROMPT_OPTIONS} | {
+        name: field.get_default(call_default_factory=True) for name, field in fields.items()
+    }
     changed = {
-        key: value
-        for key, value in described.items()
-        if key not in fields or value != fields[key].get_default(call_default_factory=True)
+        key: value for key, value in described.items() if key not in usual or value != usual[key]
     }
     if len(changed) == 1:
         return str(described[KEY])

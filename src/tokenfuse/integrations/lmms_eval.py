@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from tokenfuse.config import KEY, Configuration, get_configuration
+from tokenfuse.config import KEY, PROMPT_OPTIONS, Configuration, get_configuration
 from tokenfuse.costs import versions
 from tokenfuse.errors import ConfigError, did_you_mean
 from tokenfuse.hooks import hookimpl
@@ -64,7 +64,7 @@ def split_args(
     try:
         return kept, get_configuration(source, **options)
     except ConfigError as error:
-        fields = {
+        fields = {*PROMPT_OPTIONS} | {
             name for e in default_registry().strategies.values() for name in e.cls.model_fields
         }
         for name in options.keys() - fields:
@@ -146,7 +146,7 @@ def _load(module: str) -> Any:
     except ImportError as error:
         raise ConfigError(
             f"{NAME} needs lmms-eval, which cannot be imported ({error}): "
-            'pip install "tokenfuse[eval]"'
+            'pip install ".[eval]" in a checkout of tokenfuse'
         ) from error
 
 

@@ -36,12 +36,11 @@ class Realigned:
     """Where the columns of a shorter prompt come from.
 
     ``columns (B, L')``: the column of the uncompressed prompt. ``valid (B, L')``: whether it is
-    filled, not padding. ``removed (B,)``: how many tokens each row lost.
+    filled, not padding.
     """
 
     columns: Int[Tensor, "B M"]
     valid: Bool[Tensor, "B M"]
-    removed: Int[Tensor, " B"]
 
     def take(self, x: Tensor, fill: int) -> Tensor:
         """The surviving columns of ``x (..., B, L)``, padding set to ``fill``: ``(..., B, L')``."""
@@ -60,7 +59,6 @@ def shorten(mask: Mask, keep: Bool[Tensor, "B L"], side: PaddingSide) -> Realign
     One host synchronisation, for the new length.
     """
     kept = mask.bool()
-    before = kept.sum(-1)
     kept = kept & keep
     counts = kept.sum(-1)
     length = int(counts.max())
@@ -73,7 +71,7 @@ def shorten(mask: Mask, keep: Bool[Tensor, "B L"], side: PaddingSide) -> Realign
         order = torch.argsort(kept.logical_not().to(torch.uint8), dim=-1, stable=True)
         columns = order[:, :length]
         valid = torch.arange(length, device=mask.device) < counts[:, None]
-    return Realigned(columns, valid, before - counts)
+    return Realigned(columns, valid)
 
 
 def count_positions(mask: Bool[Tensor, "B L"]) -> Int[Tensor, "B L"]:

@@ -17,6 +17,7 @@ from tokenfuse.prompt.realign import (
     PaddingSide,
     Policy,
     Positions,
+    Realigned,
     count_positions,
     next_position_delta,
     padding_side,
@@ -48,8 +49,9 @@ class Turn:
 
     ``seen (B, S)``: the caller's ids that the cache stands for, prompt and answer. ``ids``,
     ``mask``: the short prompt. ``positions``: its rope positions. ``columns``: the caller's column
-    of each of its tokens. ``items``: the images and videos in it. ``shares``: which tokens each
-    column stands for, where attention is proportional.
+    of each of its tokens. ``length``: how many columns the caller's prompt has, L. ``items``: the
+    images and videos in it. ``shares``: which tokens each column stands for, where attention is
+    proportional.
     """
 
     seen: Int[Tensor, "B S"]
@@ -215,19 +217,17 @@ def shorten_prompt(
     else:
         delta = next_position_delta(own, valid)
 
-    def take(x: Tensor, fill: int) -> Tensor:
-        return x.gather(-1, columns).masked_fill(~valid, fill)
-
+    new = Realigned(columns, valid)
     turn = Turn(
         seen=prompt.ids,
-        ids=take(prompt.ids, prompt.pad_id),
+        ids=new.take(prompt.ids, prompt.pad_id),
         mask=valid.to(prompt.mask.dtype),
         positions=own,
         columns=columns,
         length=prompt.ids.shape[1],
     )
     per_token = {
-        name: take(value, -100 if name == "labels" else 0)
+        name: new.take(value, -100 if name == "labels" else 0)
         for name, value in prompt.per_token.items()
     }
     return Shortened(turn, removed, delta, per_token)

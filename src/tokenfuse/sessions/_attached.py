@@ -113,11 +113,11 @@ class Attached(ABC):
                 )
             held = vars(self.model)
             own = {name: held[name] for name in (STATE, REPLICATE) if name in held}
-            setattr(self.model, MARK, self)
-            undo.callback(delattr, self.model, MARK)
-            self._place(undo)
+            # First, and taken away last: another thread may copy the model at any time.
             place(self.model, STATE, self._state_of(own), undo)
             place(self.model, REPLICATE, _refuse_replicas, undo)
+            place(self.model, MARK, self, undo)
+            self._place(undo)
             self._undo = undo.pop_all()
 
     def _originals(self) -> Mapping[str, Any]:
@@ -129,7 +129,9 @@ class Attached(ABC):
 
         def state() -> dict[str, Any]:
             ours = {MARK, STATE, REPLICATE, *self._names}
-            kept = {name: value for name, value in vars(self.model).items() if name not in ours}
+            # Another thread may attach or detach meanwhile.
+            held = dict(vars(self.model))
+            kept = {name: value for name, value in held.items() if name not in ours}
             return {**kept, **own, **self._originals()}
 
         return state

@@ -8,9 +8,9 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from contextvars import ContextVar
 from dataclasses import replace
 from importlib.metadata import version
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tokenfuse.adapters._base import Adapter
 from tokenfuse.compression import (
+    check_frames_as_images,
     compress_prompt,
     prompt_adapter,
     refuse_a_gap,
@@ -43,8 +44,8 @@ REPORTS = 100
 ONE_BY_ONE = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
 """Options of generate for one answer per row of a cache."""
 
-_generating: ContextVar[tuple[Session, ...]] = ContextVar("tokenfuse_generating", default=())
-"""The sessions whose ``generate`` is running here; it calls ``forward`` with short inputs."""
+_generating: dict[int, list[Any]] = {}
+"""The models whose ``generate`` is running in each thread: they call ``forward`` themselves."""
 
 
 class Prefilled(NamedTuple):
@@ -78,6 +79,7 @@ class Session(Attached):
         registry: Registry,
         frames_as_images: bool = False,
     ) -> None:
+        check_frames_as_images(frames_as_images)
         self.adapter: Adapter = prompt_adapter(model, registry)
         self.reports: deque[Report] = deque(maxlen=REPORTS)
         self.columns: Tensor | None = None
@@ -104,27 +106,41 @@ class Session(Attached):
         held = vars(self.model)
         self._own = {name: held[name] for name in WRAPPED if name in held}
         undo.callback(self.adapter.set_position_delta, self.adapter.position_delta())
+        self._placement = placement = object()
         for name, instead in (("generate", self._generate), ("forward", self._forward)):
-            place(self.model, name, self._wrap(getattr(self.model, name), instead), undo)
+            wrapped = self._wrap(getattr(self.model, name), instead, placement)
+            place(self.model, name, wrapped, undo)
 
     def _wrap(
-        self, original: Callable[..., Any], instead: Callable[..., Any]
+        self, original: Callable[..., Any], instead: Callable[..., Any], placement: object
     ) -> Callable[..., Any]:
-        """``original`` with its own signature, which transformers reads, calling ``instead``."""
+        """``original`` with its own signature, which transformers reads, calling ``instead``.
+
+        ``placement``: what the wrapper belongs to; a later one of the session has its own.
+        """
         signature = inspect.signature(original)
         extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+        inner = instead == self._forward
 
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            # Inside generate the inputs are short already. A wrapper of somebody else's may call
-            # this one when the session is over.
-            if self in _generating.get() or not self.attached:
+            # A wrapper of somebody else's may call this one when its time is over.
+            over = not self.attached or self._placement is not placement
+            if over or (inner and self._generates_here):
                 return original(*args, **kwargs)
             named = signature.bind(*args, **kwargs).arguments
             more = named.pop(extra, {})
             return instead(original, named | more)
 
         return wrapped
+
+    @property
+    def _generates_here(self) -> bool:
+        """Whether ``generate`` runs in this thread, which calls ``forward`` with short inputs.
+
+        That of another session too, if the model changes hands meanwhile.
+        """
+        return any(model is self.model for model in _generating.get(get_ident(), ()))
 
     def prefill(self, inputs: Mapping[str, Any]) -> Prefilled:
         """Let the model read a prompt once, compressed, so that ``ask`` can go on from it.
@@ -225,13 +241,16 @@ class Session(Attached):
         if inputs.get("input_ids") is None and inputs.get("inputs") is not None:
             inputs["input_ids"] = inputs.pop("inputs")
         arguments, turn = self._turn(inputs)
-        token = _generating.set((*_generating.get(), self))
+        running = _generating.setdefault(get_ident(), [])
+        running.append(self.model)
         try:
             if turn is None:
                 return original(**arguments)
             return self._answer(original, inputs, arguments, turn)
         finally:
-            _generating.reset(token)
+            running.pop()
+            if not running:
+                del _generating[get_ident()]
 
     def _turn(self, inputs: dict[str, Any]) -> tuple[Mapping[str, Any], Turn | None]:
         """What ``generate`` is to read, and the turn that it then has read.

@@ -1,4 +1,4 @@
-"""Conformance kits: pytest classes that prove an adapter or a strategy. Needs tokenfuse[test]."""
+"""Conformance kits: pytest classes that prove an adapter or a strategy. They need the extra ``test``."""
 
 import pytest
 

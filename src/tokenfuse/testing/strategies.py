@@ -478,7 +478,7 @@ class StrategyConformance:
     def test_describe_makes_it_again(self) -> None:
         """Else a report or a saved configuration does not say what was run.
 
-        ``describe()`` survives JSON and makes an equal strategy: by ``load_strategy`` where it is
+        ``describe()`` survives JSON and makes an equal strategy: by ``get_strategy`` where it is
         registered, by its class where it is not.
         """
         for options in self._options(0.3, 1.0):
