@@ -97,7 +97,7 @@ def test_without_lmms_eval_it_says_what_to_install(ask, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "lmms_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lmms_eval", None)
-    with pytest.raises(ConfigError, match=r'pip install "tokenfuse\[eval\]"'):
+    with pytest.raises(ConfigError, match=r'pip install "\.\[eval\]"'):
         ask()
 
 

@@ -1,4 +1,7 @@
-"""Conformance kits: pytest classes that prove an adapter or a strategy. They need the extra ``test``."""
+"""Conformance kits: pytest classes that prove an adapter or a strategy.
+
+They need the extra ``test``.
+"""
 
 import pytest
 
