@@ -26,13 +26,22 @@ torch.set_num_threads(1)
 def pytest_addoption(parser):
     parser.addoption("--record", type=Path, help="JSON file for what the adapters' kit finds")
     parser.addoption(
-        "--full", action="store_true", help="the whole kit for every family, and more examples"
+        "--full", action="store_true", help="the kit in full for every family, and more examples"
     )
 
 
 def pytest_configure(config):
-    if config.getoption("full"):
+    # What goes on the page of models is the whole kit.
+    config.option.full |= config.option.record is not None
+    if config.option.full:
         settings.load_profile("full")
+    config.addinivalue_line("markers", "full: left out unless pytest is told --full")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.full:
+        config.hook.pytest_deselected(items=[x for x in items if x.get_closest_marker("full")])
+        items[:] = [x for x in items if not x.get_closest_marker("full")]
 
 
 _outcomes = {}

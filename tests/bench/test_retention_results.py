@@ -103,7 +103,15 @@ def test_two_runs_gave_equal_answers_to_the_questions_that_both_asked(model):
     assert differ <= 7
 
 
-@pytest.mark.parametrize("task", ["vanish", "count"])
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [
+        ("plain", "vanish"),
+        ("robust", "count"),
+        pytest.param("plain", "count", marks=pytest.mark.full),
+        pytest.param("robust", "vanish", marks=pytest.mark.full),
+    ],
+)
 def test_a_slice_asked_again_gives_the_committed_answers(model, task, tmp_path):
     held = records("retention", model)
     plan = PLANS["retention"].model_copy(update={"tasks": [task]})
