@@ -229,13 +229,13 @@ def compress_prompt(
         part.modality: _fused(adapter, part, made[part.modality], strategy) for part in encoded
     }
     watch.lap()
+    positions = adapter.positions(prompt)
     held = 0 if after is None else after.length
     marks = {part.modality: part.keep_mask(made[part.modality]) for part in encoded}
-    keep = prompt.kept(marks, held)
     short = shorten_prompt(
         prompt,
-        keep,
-        adapter.positions(prompt),
+        prompt.kept(marks, held),
+        positions,
         configuration.positions,
         side=padding_side if after is None else "left",
         after=after,

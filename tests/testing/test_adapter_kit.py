@@ -134,13 +134,7 @@ def wrong_order(monkeypatch):
 def unchecked(monkeypatch):
     """Placeholders are not counted."""
 
-    def kept(self, features, since=0):
-        keep = torch.ones_like(self.ids, dtype=torch.bool)
-        for modality, marks in features.items():
-            keep = keep.masked_scatter(self.here[modality], marks)
-        return keep
-
-    monkeypatch.setattr(Prompt, "kept", kept)
+    monkeypatch.setattr(Prompt, "_refuse_unshown", lambda self: None)
 
 
 MUTANTS = {

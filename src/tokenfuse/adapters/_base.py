@@ -303,6 +303,10 @@ class Adapter(ModelAdapter):
 
     def read(self, inputs: Mapping[str, Any], *, continues: bool = False) -> Prompt:
         """The prompt that the caller's inputs hold; see ``Prompt.read``."""
+        if isinstance(inputs, Mapping):
+            for modality in MODALITIES:
+                if inputs.get(PIXELS[modality]) is not None:
+                    self._encoder(modality)
         return Prompt.read(inputs, self.placeholders, self.pad_id(), continues=continues)
 
     def encode(

@@ -82,9 +82,8 @@ class Prompt:
             mask = torch.ones_like(ids)
         here = {m: placeholders(inputs, m) & (mask != 0) for m in MODALITIES}
         prompt = cls(inputs, ids, mask, here, 0 if pad_id is None else pad_id)
-        if not shows and not cached:
-            # Placeholders without pixels would be read as if they were words.
-            prompt.kept({})
+        if not cached:
+            prompt._refuse_unshown()
         return prompt
 
     @property
@@ -129,19 +128,11 @@ class Prompt:
         """Which tokens stay: all text, and the visual tokens whose feature is marked.
 
         ``features``: a mark for each feature of a modality that is shown from column ``since`` on,
-        in prompt order. What stands before that column stays. One host synchronisation for each
-        modality.
-
-        Raises PromptError where a modality's placeholders are not as many as its features.
+        as many as ``places`` has counted, in prompt order. What stands before that column stays.
         """
         keep = torch.ones_like(self.ids, dtype=torch.bool)
-        for modality in MODALITIES:
-            here = self._from(modality, since)
-            marks = features.get(modality, keep.new_ones(0)).to(keep.device)
-            shown = int(here.sum())
-            if shown != len(marks):
-                raise mismatch(modality, shown, len(marks))
-            keep = keep.masked_scatter(here, marks)
+        for modality, marks in features.items():
+            keep = keep.masked_scatter(self._from(modality, since), marks.to(keep.device))
         return keep
 
     def owners(
@@ -163,6 +154,15 @@ class Prompt:
             owner = torch.where(target == DROPPED, DROPPED, columns[target.clamp_min(0)])
             owners = owners.masked_scatter(here, owner)
         return owners
+
+    def _refuse_unshown(self) -> None:
+        """Raise PromptError where placeholders have no pixels, and would be read as words.
+
+        One host synchronisation for each modality that is not shown.
+        """
+        for modality in MODALITIES:
+            if modality not in self.shows and (count := int(self.here[modality].sum())):
+                raise mismatch(modality, count, 0)
 
     def _from(self, modality: Modality, since: int) -> Bool[Tensor, "B L"]:
         here = self.here[modality]
