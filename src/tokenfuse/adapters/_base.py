@@ -22,7 +22,7 @@ from tokenfuse.adapters._saliency import QueriesKeys, listen
 from tokenfuse.adapters._spans import Span, flat
 from tokenfuse.errors import PromptError, UnsupportedModelError
 from tokenfuse.plan import DROPPED, FusionPlan
-from tokenfuse.prompt.inputs import PIXELS, Prompt
+from tokenfuse.prompt.inputs import MODALITIES, PIXELS, Prompt
 from tokenfuse.prompt.realign import Positions
 from tokenfuse.prompt.text import Place, mismatch, prompt_texts
 from tokenfuse.prompt.turn import Turn
