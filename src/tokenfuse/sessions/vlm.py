@@ -269,12 +269,14 @@ class Session(Attached):
             return self._first_turn(inputs) if self._brings_a_prompt(inputs) else (inputs, None)
         if ids is None:
             return inputs, None
-        shows_more = self._shows(ids[:, held:])
+        # Without pixels a turn of text looks at its ids itself.
+        looks = turn is None or self.adapter.has_visuals(inputs)
+        shows_more = looks and self._shows(ids[:, held:])
         if turn is None:
             turn = self._turn_of_text(inputs, ids, held, shows_more)
             if turn is None:
                 return inputs, None
-        if shows_more and self.adapter.has_visuals(inputs):
+        if shows_more:
             return self._later_turn(inputs, turn, held)
         return self._text_turn(inputs, turn)
 
