@@ -6,8 +6,6 @@ Hypothesis draws shapes, options and a seed; torch draws the numbers from the se
 import itertools
 import math
 import operator
-import statistics
-import time
 from fractions import Fraction
 
 import pytest

@@ -7,6 +7,7 @@ all transformers VLMs whose ``forward`` takes ``mm_encoder_outputs`` is here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -165,6 +166,17 @@ class ModelAdapter(ABC):
         """Whether this adapter fits ``model``."""
 
 
+def parameters_of(method: Callable[..., Any]) -> tuple[str, ...]:
+    """The names that a model's method takes."""
+    return _parameters_of(getattr(method, "__func__", method))
+
+
+@functools.cache
+def _parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    # Of the class's function, for it is the same for every model, and looked up often.
+    return tuple(inspect.signature(function).parameters)
+
+
 def takes_features(model: Any) -> bool:
     """Whether ``model`` is a transformers model with a head that takes encoder outputs.
 
@@ -172,7 +184,7 @@ def takes_features(model: Any) -> bool:
     """
     try:
         whole = hasattr(type(model), "base_model_prefix") and model.base_model is not model
-        return whole and "mm_encoder_outputs" in inspect.signature(model.forward).parameters
+        return whole and "mm_encoder_outputs" in parameters_of(type(model).forward)
     except (AttributeError, TypeError, ValueError):
         return False  # Something else that only looks like a transformers model.
 
@@ -267,7 +279,7 @@ class Adapter(ModelAdapter):
         By default where ``grid_thw`` is missing or does not describe the pixels.
         """
         inputs, name, pixels = prompt.inputs, f"{modality}_grid_thw", PIXELS[modality]
-        if name not in inspect.signature(self._encoder(modality)).parameters:
+        if name not in parameters_of(self._encoder(modality)):
             return
         grid, given = inputs.get(name), len(inputs[pixels])
         if grid is None:
@@ -298,7 +310,7 @@ class Adapter(ModelAdapter):
 
     def encoder_inputs(self, inputs: Mapping[str, Any], modality: Modality) -> dict[str, Any]:
         """The inputs that the vision tower reads for a modality."""
-        known = inspect.signature(self._encoder(modality)).parameters
+        known = parameters_of(self._encoder(modality))
         return {k: inputs[k] for k in known if k != "kwargs" and inputs.get(k) is not None}
 
     def read(self, inputs: Mapping[str, Any], *, continues: bool = False) -> Prompt:
@@ -539,7 +551,7 @@ class Adapter(ModelAdapter):
         """
         ids, types = prompt.ids, prompt.per_token.get("token_type_ids")
         own = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        known = inspect.signature(type(self.model).forward).parameters
+        known = parameters_of(type(self.model).forward)
         if types is None or "token_type_ids" not in known:
             return own
         starts = torch.cat([torch.ones_like(types[:, :1]), types.diff()], -1) != 0
