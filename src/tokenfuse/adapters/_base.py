@@ -168,12 +168,18 @@ class ModelAdapter(ABC):
 
 def parameters_of(method: Callable[..., Any]) -> tuple[str, ...]:
     """The names that a model's method takes."""
-    return _parameters_of(getattr(method, "__func__", method))
+    function = getattr(method, "__func__", None)
+    # What an instance holds itself, such as a wrapper, may hold the model in turn.
+    return _names_of(method) if function is None else _parameters_of(function)
 
 
 @functools.cache
 def _parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
-    # Of the class's function, for it is the same for every model, and looked up often.
+    # A class's function is the same for all its models, and is looked up often.
+    return _names_of(function)
+
+
+def _names_of(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
@@ -184,7 +190,7 @@ def takes_features(model: Any) -> bool:
     """
     try:
         whole = hasattr(type(model), "base_model_prefix") and model.base_model is not model
-        return whole and "mm_encoder_outputs" in parameters_of(type(model).forward)
+        return whole and "mm_encoder_outputs" in parameters_of(model.forward)
     except (AttributeError, TypeError, ValueError):
         return False  # Something else that only looks like a transformers model.
 
