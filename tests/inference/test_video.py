@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -578,7 +578,6 @@ timelines = st.lists(gaps, max_size=60).map(lambda steps: list(np.cumsum([0.0, *
 rates = st.floats(1e-3, 1e4)
 
 
-@settings(max_examples=300, deadline=None)
 @given(timelines, st.none() | st.integers(1, 80), st.integers(1, 80))
 def test_choose_by_count(times, frames, max_frames):
     chosen = _choose(times, frames, None, max_frames)
@@ -589,7 +588,6 @@ def test_choose_by_count(times, frames, max_frames):
     assert len(chosen) == min(len(times), frames or max_frames)
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.integers(1, 100), st.integers(2, 100), st.floats(1, 240))
 def test_choose_by_count_is_even_at_a_constant_rate(total, frames, rate):
     assume(frames <= total)
@@ -599,14 +597,12 @@ def test_choose_by_count_is_even_at_a_constant_rate(total, frames, rate):
     assert chosen[-1] == total - 1
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.integers(1, 100), st.floats(1, 240))
 def test_choose_by_the_rate_of_the_file_takes_every_frame(total, rate):
     times = [i / rate for i in range(total)]
     assert _choose(times, None, rate, total) == list(range(total))
 
 
-@settings(max_examples=300, deadline=None)
 @given(timelines, rates, st.integers(1, 80))
 def test_choose_by_rate(times, rate, max_frames):
     chosen = _choose(times, None, rate, max_frames)
@@ -618,7 +614,6 @@ def test_choose_by_rate(times, rate, max_frames):
     assert set(chosen) <= set(every)
 
 
-@settings(max_examples=300, deadline=None)
 @given(timelines, st.floats(0.1, 100))
 def test_choose_by_rate_takes_the_frame_nearest_each_tick(times, rate):
     chosen = np.array(times)[_choose(times, None, rate, len(times))]

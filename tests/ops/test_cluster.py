@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from beartype import beartype
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import jaxtyped
 
@@ -74,7 +74,6 @@ def test_scores_are_density_times_distance_to_the_nearest_denser_point(case):
             assert b == -math.inf if worthless else a == pytest.approx(b, rel=1e-5, abs=1e-5)
 
 
-@settings(max_examples=100)
 @given(rows(), st.integers(1, 60))
 def test_the_size_of_a_chunk_changes_nothing(case, chunk):
     x, valid, neighbours = case
@@ -119,7 +118,6 @@ def test_of_identical_points_the_first_are_chosen(n, neighbours, value):
     assert home[1, 3:].tolist() == [0] * max(0, n - 3)
 
 
-@settings(max_examples=50)
 @given(SEEDS, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_separate_groups_get_one_centre_each(seed, dtype):
     rng = torch.Generator().manual_seed(seed)

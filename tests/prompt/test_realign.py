@@ -1,7 +1,7 @@
 """The rules of realignment, as properties of pure tensor functions."""
 
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tokenfuse.prompt.realign import (
@@ -73,7 +73,6 @@ def each_row(mask, keep, new):
         yield i, kept, new.valid[i].nonzero().flatten()
 
 
-@settings(max_examples=200, deadline=None)
 @given(prompts())
 def test_survivors_keep_their_order_and_positions_and_nothing_else_is_lost(case):
     mask, visual, keep, positions, side = case
@@ -92,7 +91,6 @@ def test_survivors_keep_their_order_and_positions_and_nothing_else_is_lost(case)
             assert short[0, i, columns].tolist() == list(range(len(columns)))
 
 
-@settings(max_examples=200, deadline=None)
 @given(prompts())
 def test_the_batch_is_as_short_as_its_longest_row_and_padded_on_the_asked_side(case):
     mask, _, keep, _, side = case
@@ -103,7 +101,6 @@ def test_the_batch_is_as_short_as_its_longest_row_and_padded_on_the_asked_side(c
     assert torch.equal(new.valid, new.valid.sort(-1, descending=side == "right").values)
 
 
-@settings(max_examples=200, deadline=None)
 @given(prompts())
 def test_the_next_token_gets_the_position_of_the_uncompressed_run(case):
     mask, _, keep, positions, side = case
@@ -119,7 +116,6 @@ def test_the_next_token_gets_the_position_of_the_uncompressed_run(case):
         assert int(after[i] + shorter[i]) == int(last) + 1
 
 
-@settings(max_examples=200, deadline=None)
 @given(prompts())
 def test_keeping_all_changes_nothing_but_superfluous_padding(case):
     mask, _, keep, positions, side = case
@@ -130,7 +126,6 @@ def test_keeping_all_changes_nothing_but_superfluous_padding(case):
         assert torch.equal(short[..., i, columns], positions[..., i, kept])
 
 
-@settings(max_examples=200, deadline=None)
 @given(prompts(), st.sampled_from(["keep", "contiguous"]))
 def test_a_batch_gives_what_its_rows_give_alone(case, policy):
     mask, _, keep, positions, side = case
@@ -147,7 +142,6 @@ def test_a_batch_gives_what_its_rows_give_alone(case, policy):
         assert torch.equal(delta[one], next_position_delta(single, alone.valid))
 
 
-@settings(max_examples=200, deadline=None)
 @given(prompts())
 def test_contiguous_counts_every_row_without_gaps(case):
     mask, _, keep, positions, side = case
@@ -160,7 +154,6 @@ def test_contiguous_counts_every_row_without_gaps(case):
     assert (next_position_delta(short, new.valid) == 0).all()
 
 
-@settings(max_examples=200, deadline=None)
 @given(prompts())
 def test_the_side_of_the_padding_is_found(case):
     mask, _, _, _, side = case

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenfuse.ops.select import budget, top_per_row
@@ -74,7 +74,6 @@ def test_the_table_counts_places_that_stand_still_throughout(t, places, seed, sh
         assert table[s][e] == steps[s:e].all(0).sum()
 
 
-@settings(max_examples=60)
 @given(st.integers(1, 8), st.integers(1, 5), SEEDS, st.sampled_from([0.3, 0.6, 0.9]))
 def test_no_cut_into_windows_saves_more_up_to_8_frames(t, places, seed, share):
     steps = still(t, places, seed, share)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tokenfuse import VisualTokens, get_strategy
@@ -73,7 +73,6 @@ def by_loops(tokens, threshold):
     return torch.stack(values), [component[i] for i in range(tokens.num_tokens)]
 
 
-@settings(max_examples=100)
 @given(GRIDS, st.integers(0, 10**6), THRESHOLDS)
 def test_component_tokens_are_those_of_plain_search(grid, seed, threshold):
     tokens = tokens_of(grid, seed)
@@ -86,7 +85,6 @@ def test_component_tokens_are_those_of_plain_search(grid, seed, threshold):
     torch.testing.assert_close(plan.components(tokens.features), values[stands])
 
 
-@settings(max_examples=100)
 @given(GRIDS, st.integers(0, 10**6), THRESHOLDS)
 def test_every_token_joins_the_component_token_that_it_is_most_like(grid, seed, threshold):
     tokens = tokens_of(grid, seed)
@@ -206,7 +204,6 @@ def strongest_first(x, count):
     return sorted(sorted(g) for g in groups)
 
 
-@settings(max_examples=60)
 @given(GRIDS, st.integers(0, 10**6), THRESHOLDS, st.data())
 def test_a_budget_links_within_frames_above_the_threshold_and_then_across(
     grid, seed, threshold, data

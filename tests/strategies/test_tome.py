@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -70,7 +70,6 @@ def test_groups_and_means_are_those_of_the_published_code(case):
     torch.testing.assert_close(total[own], merged_size.squeeze(-1).gather(1, rows))
 
 
-@settings(max_examples=100)
 @given(st.integers(1, 24), st.integers(0, 12), st.integers(0, 6), st.integers(0, 1000))
 def test_the_matching_is_the_definition(n, r, protected, seed):
     metric = randn(n, 4, seed=seed)
