@@ -229,8 +229,14 @@ def compress_prompt(
         part.modality: _fused(adapter, part, made[part.modality], strategy) for part in encoded
     }
     watch.lap()
-    positions = adapter.positions(prompt)
     held = 0 if after is None else after.length
+    positions = adapter.positions(prompt)
+    pixels = {name for m in prompt.shows for name in adapter.encoder_inputs(prompt.inputs, m)}
+    owner = seen_from = None
+    if configuration.attention == "proportional":
+        seen_from = adapter.seen_from(prompt)
+        owners = {part.modality: part.owners(made[part.modality]) for part in encoded}
+        owner = prompt.owners(owners, held)
     marks = {part.modality: part.keep_mask(made[part.modality]) for part in encoded}
     short = shorten_prompt(
         prompt,
@@ -250,7 +256,7 @@ def compress_prompt(
     turn = replace(
         short.turn,
         items=in_prompt_order([*(() if after is None else after.items), *items]),
-        shares=_shares(adapter, prompt, configuration, encoded, made, short, after),
+        shares=_shares(owner, seen_from, short, after),
     )
     watch.lap()
     counts = short.valid.sum(-1)
@@ -267,8 +273,7 @@ def compress_prompt(
     observe("tokenfuse_compressed", report=report)
     # What the model reads of a cache is its own delta: set last, and only here.
     adapter.set_position_delta(short.delta)
-    read = {name for m in prompt.shows for name in adapter.encoder_inputs(prompt.inputs, m)}
-    rest = {name: value for name, value in prompt.inputs.items() if name not in read}
+    rest = {name: value for name, value in prompt.inputs.items() if name not in pixels}
     own = {
         "input_ids": turn.ids,
         "attention_mask": turn.mask,
@@ -427,24 +432,18 @@ def _items(part: Encoded, plans: Sequence[FusionPlan], strategy: Strategy | None
 
 
 def _shares(
-    adapter: Adapter,
-    prompt: Prompt,
-    configuration: Configuration,
-    encoded: Sequence[Encoded],
-    plans: Mapping[Modality, Sequence[FusionPlan]],
-    short: Shortened,
-    after: Turn | None,
+    owner: Tensor | None, seen_from: Tensor | None, short: Shortened, after: Turn | None
 ) -> Shares | None:
-    """Which tokens each column of the short prompt stands for, if anything is read by that."""
-    proportional = configuration.attention == "proportional"
-    if not proportional and (after is None or after.shares is None):
-        return None
-    held = 0 if after is None else after.length
-    if proportional:
-        features = {part.modality: part.owners(plans[part.modality]) for part in encoded}
-        owner, seen_from = prompt.owners(features, held), adapter.seen_from(prompt)
-    else:
-        owner = seen_from = prompt.owners({})
+    """Which tokens each column of the short prompt stands for, if anything is read by that.
+
+    ``owner``, ``seen_from``: as for ``Shares.of``, None where attention is plain.
+    """
+    if owner is None or seen_from is None:
+        if after is None or after.shares is None:
+            return None
+        length = short.turn.length
+        owner = torch.arange(length, device=short.turn.ids.device).expand(len(short.turn.ids), -1)
+        seen_from = owner
     shares = Shares.of(owner, seen_from, short.turn.columns, short.valid)
     # What the cache holds was read by its own shares, whatever this configuration says.
     return shares if after is None else shares.continuing(after.read_as)

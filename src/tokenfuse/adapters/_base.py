@@ -23,6 +23,7 @@ from tokenfuse.adapters._saliency import QueriesKeys, listen
 from tokenfuse.adapters._spans import Span, flat
 from tokenfuse.errors import PromptError, UnsupportedModelError
 from tokenfuse.plan import DROPPED, FusionPlan
+from tokenfuse.prompt.cache import CACHES
 from tokenfuse.prompt.inputs import MODALITIES, PIXELS, Prompt
 from tokenfuse.prompt.realign import Positions
 from tokenfuse.prompt.text import Place, mismatch, prompt_texts
@@ -310,10 +311,6 @@ class Adapter(ModelAdapter):
         if hasattr(self.model.base_model, "rope_deltas"):
             self.model.base_model.rope_deltas = delta
 
-    def has_visuals(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether the inputs bring pixels."""
-        return any(inputs.get(name) is not None for name in PIXELS.values())
-
     def encoder_inputs(self, inputs: Mapping[str, Any], modality: Modality) -> dict[str, Any]:
         """The inputs that the vision tower reads for a modality."""
         known = parameters_of(self._encoder(modality))
@@ -581,7 +578,8 @@ class Adapter(ModelAdapter):
                 )
             # The model's method stores a delta in the model.
             model = _apart(self.model) if multi else self.model
-            values = {**prompt.uncached, "attention_mask": prompt.mask}
+            values = {name: x for name, x in prompt.inputs.items() if name not in CACHES}
+            values["attention_mask"] = prompt.mask
             given = model._prepare_position_ids_for_generation(prompt.ids, values)
             delta = getattr(model.base_model, "rope_deltas", None)
         if multi and given.ndim == 2:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokenfuse.adapters._packed import Packed
 from tokenfuse.errors import PromptError
+from tokenfuse.prompt.inputs import shown
 from tokenfuse.tokens import Modality
 
 TYPES: dict[Modality, int] = {"image": 1, "video": 2}
@@ -31,7 +32,7 @@ class GLM4V(Packed):
     def placeholders(self, inputs: Mapping[str, Any], modality: Modality) -> Tensor:
         here, types = super().placeholders(inputs, modality), inputs.get("mm_token_type_ids")
         if types is None:
-            if self.has_visuals(inputs):
+            if shown(inputs):
                 raise PromptError(
                     "mm_token_type_ids is missing, which tells a video's placeholders from an "
                     "image's; expected (B, L): pass all that the processor returns"

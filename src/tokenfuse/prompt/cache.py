@@ -6,14 +6,14 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-NAMES = ("cache", "past_key_values")
+CACHES = ("cache", "past_key_values")
 
 
 def cache_of(values: Mapping[str, Any]) -> Any:
     """The cache among the inputs or the outputs of a model, or None."""
     # The keys, for an output that is asked for the old name warns, even where it has neither.
     held = values.keys()
-    found = (values[name] for name in NAMES if name in held)
+    found = (values[name] for name in CACHES if name in held)
     return next((cache for cache in found if cache is not None), None)
 
 
@@ -31,4 +31,4 @@ def filled_length(cache: Any) -> int:
 def _name() -> str:
     from transformers.generation import GenerateDecoderOnlyOutput
 
-    return next(name for name in NAMES if name in GenerateDecoderOnlyOutput.__dataclass_fields__)
+    return next(name for name in CACHES if name in GenerateDecoderOnlyOutput.__dataclass_fields__)

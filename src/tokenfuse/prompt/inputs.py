@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenfuse.errors import PromptError
 from tokenfuse.plan import DROPPED
-from tokenfuse.prompt.cache import NAMES, cache_of, filled_length
+from tokenfuse.prompt.cache import cache_of, filled_length
 from tokenfuse.prompt.realign import Mask
 from tokenfuse.prompt.text import Place, mismatch
 from tokenfuse.tokens import Modality
@@ -28,14 +28,18 @@ PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "labels")
 class Prompt:
     """A batch of ``B`` prompts of ``L`` columns, as the caller passed it.
 
-    ``inputs``: everything that the caller passed, by name. ``ids (B, L)``. ``mask (B, L)``: the
-    caller's attention mask, of any dtype; ones where there is none. ``here``: for each modality,
-    which tokens stand for one of its features, ``(B, L)``. ``pad_id``: what padding is filled with.
+    ``inputs``: everything that the caller passed, by name. ``shows``: the modalities of which they
+    bring pixels. ``ids (B, L)``. ``mask (B, L)``: the caller's attention mask, of any dtype; ones
+    where there is none. ``per_token``: the other inputs with one column per token. ``here``: for
+    each modality, which tokens stand for one of its features, ``(B, L)``. ``pad_id``: what padding
+    is filled with.
     """
 
     inputs: Mapping[str, Any]
+    shows: tuple[Modality, ...]
     ids: Int[Tensor, "B L"]
     mask: Mask
+    per_token: Mapping[str, Int[Tensor, "B L"]]
     here: Mapping[Modality, Bool[Tensor, "B L"]]
     pad_id: int
 
@@ -66,7 +70,7 @@ class Prompt:
                 "inputs hold mm_encoder_outputs, features that are encoded or compressed already; "
                 "expected pixels: pass the processor's output, or detach the session first"
             )
-        shows = any(inputs.get(name) is not None for name in PIXELS.values())
+        shows = shown(inputs)
         cached = filled_length(cache_of(inputs)) > 0 and not continues
         if cached and shows:
             raise PromptError(
@@ -81,26 +85,12 @@ class Prompt:
             # A prompt of text alone comes back as it is, whatever its mask.
             mask = torch.ones_like(ids)
         here = {m: placeholders(inputs, m) & (mask != 0) for m in MODALITIES}
-        prompt = cls(inputs, ids, mask, here, 0 if pad_id is None else pad_id)
+        per_token = {name: x for name in PER_TOKEN if (x := inputs.get(name)) is not None}
+        pad = 0 if pad_id is None else pad_id
+        prompt = cls(inputs, shows, ids, mask, per_token, here, pad)
         if not cached:
             prompt._refuse_unshown()
         return prompt
-
-    @property
-    def shows(self) -> tuple[Modality, ...]:
-        """The modalities of which the inputs bring pixels."""
-        return tuple(m for m in MODALITIES if self.inputs.get(PIXELS[m]) is not None)
-
-    @property
-    def per_token(self) -> dict[str, Int[Tensor, "B L"]]:
-        """The other inputs with one column per token."""
-        named = {name: self.inputs.get(name) for name in PER_TOKEN}
-        return {name: value for name, value in named.items() if value is not None}
-
-    @property
-    def uncached(self) -> dict[str, Any]:
-        """The inputs without the cache."""
-        return {name: value for name, value in self.inputs.items() if name not in NAMES}
 
     def places(
         self, modality: Modality, sizes: Sequence[int], since: int = 0
@@ -167,6 +157,11 @@ class Prompt:
     def _from(self, modality: Modality, since: int) -> Bool[Tensor, "B L"]:
         here = self.here[modality]
         return here & (torch.arange(here.shape[1], device=here.device) >= since) if since else here
+
+
+def shown(inputs: Mapping[str, Any]) -> tuple[Modality, ...]:
+    """The modalities of which the inputs bring pixels."""
+    return tuple(m for m in MODALITIES if inputs.get(PIXELS[m]) is not None)
 
 
 def _refuse_unreadable(inputs: Mapping[str, Any], ids: Tensor, pad_id: int | None) -> None:

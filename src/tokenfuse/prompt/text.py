@@ -32,9 +32,13 @@ def prompt_texts(
     return {row: embed(ids[row, text[row]]).detach() for row in rows}
 
 
-def mismatch(modality: Modality, placeholders: int, features: int) -> PromptError:
+class MismatchError(PromptError):
+    """A prompt has not as many placeholders of a modality as there are features."""
+
+
+def mismatch(modality: Modality, placeholders: int, features: int) -> MismatchError:
     """The error where a modality's placeholders are not as many as its features."""
-    return PromptError(
+    return MismatchError(
         f"the prompt shows {placeholders} {modality} placeholder(s), the {modality} features are "
         f"{features}: pass input_ids, attention_mask and pixels of one processor call, not "
         "truncated"

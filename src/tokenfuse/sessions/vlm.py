@@ -28,7 +28,8 @@ from tokenfuse.compression import (
 from tokenfuse.config import Configuration
 from tokenfuse.errors import PromptError, UnsupportedModelError
 from tokenfuse.prompt.cache import as_argument, cache_of, filled_length
-from tokenfuse.prompt.inputs import MODALITIES, PIXELS
+from tokenfuse.prompt.inputs import MODALITIES, PIXELS, shown
+from tokenfuse.prompt.text import MismatchError
 from tokenfuse.prompt.turn import Turn
 from tokenfuse.registry import Registry
 from tokenfuse.report import Report
@@ -37,6 +38,8 @@ from tokenfuse.sessions.arguments import for_shorter_prompt
 from tokenfuse.sessions.proportional import attention_modules, proportional_attention
 
 WRAPPED = ("generate", "forward")
+PROMPTS = ("input_ids", "inputs_embeds", "mm_encoder_outputs", *PIXELS.values())
+"""What brings a prompt, as opposed to tokens that follow one."""
 TURN = "_tokenfuse_turn"
 """Name under which a cache carries what it holds, so that a copy of the cache carries it too."""
 REPORTS = 100
@@ -227,7 +230,7 @@ class Session(Attached):
         arguments: Mapping[str, Any] = inputs
         if turn is not None:
             arguments, turn = self._step(inputs, turn)
-        elif self._brings_a_prompt(inputs):
+        elif shown(inputs) or not filled_length(cache):
             arguments, turn = self._first_turn(inputs)
         with proportional_attention(self.model, None if turn is None else turn.shares):
             output = original(**arguments)
@@ -266,11 +269,11 @@ class Session(Attached):
                 "expected the earlier ids, the answer, then the new turn, padded alike"
             )
         if not held:
-            return self._first_turn(inputs) if self._brings_a_prompt(inputs) else (inputs, None)
+            return self._first_turn(inputs)
         if ids is None:
             return inputs, None
         # Without pixels a turn of text looks at its ids itself.
-        looks = turn is None or self.adapter.has_visuals(inputs)
+        looks = turn is None or bool(shown(inputs))
         shows_more = looks and self._shows(ids[:, held:])
         if turn is None:
             turn = self._turn_of_text(inputs, ids, held, shows_more)
@@ -281,9 +284,11 @@ class Session(Attached):
         return self._text_turn(inputs, turn)
 
     def _first_turn(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], Turn | None]:
-        """A prompt that no cache has read yet."""
+        """A prompt that no cache has read yet, or whatever else a call brings instead of one."""
+        if all(inputs.get(name) is None for name in PROMPTS):
+            return inputs, None
         embeds = inputs.get("inputs_embeds")
-        if embeds is not None and not self.adapter.has_visuals(inputs):
+        if embeds is not None and all(inputs.get(name) is None for name in PIXELS.values()):
             lengths = [embeds.shape[1]] * len(embeds)
             why = "the prompt came as inputs_embeds, which do not say what is visual"
             self._note(untouched(self.adapter, self.configuration, lengths, why), None)
@@ -317,9 +322,7 @@ class Session(Attached):
                 frames_as_images=self._frames_as_images,
                 observe=self._observe,
             )
-        except PromptError as error:
-            if "placeholder(s)" not in str(error):
-                raise
+        except MismatchError as error:
             raise PromptError(
                 f"{error}. A turn that brings new images or videos takes the processor's output "
                 "for the whole conversation, earlier pixels included"
@@ -350,7 +353,7 @@ class Session(Attached):
         self, inputs: dict[str, Any], ids: Tensor, held: int, shows_more: bool
     ) -> Turn | None:
         """The turn of a cache that no session has filled, where one is needed to go on from it."""
-        visuals = self.adapter.has_visuals(inputs)
+        visuals = bool(shown(inputs))
         if shows_more and not visuals:
             raise PromptError(
                 "placeholders of images or videos stand after the "
@@ -428,14 +431,6 @@ class Session(Attached):
     def _note(self, report: Report, columns: Tensor | None) -> None:
         self.reports.append(report)
         self.columns = columns
-
-    def _brings_a_prompt(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether there is a prompt to compress or to report on, not only tokens after a cache."""
-        if self.adapter.has_visuals(inputs):
-            return True
-        names = ("input_ids", "inputs_embeds", "mm_encoder_outputs")
-        brought = any(inputs.get(name) is not None for name in names)
-        return brought and not filled_length(cache_of(inputs))
 
     def _shows(self, ids: Tensor) -> bool:
         """Whether some of the ids stand for images or videos. A host sync for each kind of id."""
