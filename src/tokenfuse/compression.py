@@ -231,6 +231,7 @@ def compress_prompt(
     watch.lap()
     held = 0 if after is None else after.length
     positions = adapter.positions(prompt)
+    order = adapter.column_order(prompt, encoded, made)
     pixels = {name for m in prompt.shows for name in adapter.encoder_inputs(prompt.inputs, m)}
     owner = seen_from = None
     if configuration.attention == "proportional":
@@ -245,6 +246,7 @@ def compress_prompt(
         configuration.positions,
         side=padding_side if after is None else "left",
         after=after,
+        order=order,
     )
     if after is not None:
         refuse_a_gap(adapter, short.valid[:, after.ids.shape[1] :])
@@ -256,7 +258,7 @@ def compress_prompt(
     turn = replace(
         short.turn,
         items=in_prompt_order([*(() if after is None else after.items), *items]),
-        shares=_shares(owner, seen_from, short, after),
+        shares=_shares(owner, seen_from, short, after, order),
     )
     watch.lap()
     counts = short.valid.sum(-1)
@@ -432,11 +434,16 @@ def _items(part: Encoded, plans: Sequence[FusionPlan], strategy: Strategy | None
 
 
 def _shares(
-    owner: Tensor | None, seen_from: Tensor | None, short: Shortened, after: Turn | None
+    owner: Tensor | None,
+    seen_from: Tensor | None,
+    short: Shortened,
+    after: Turn | None,
+    order: Tensor | None,
 ) -> Shares | None:
     """Which tokens each column of the short prompt stands for, if anything is read by that.
 
-    ``owner``, ``seen_from``: as for ``Shares.of``, None where attention is plain.
+    ``owner``, ``seen_from``, ``order``: as for ``Shares.of``; the first two None where attention is
+    plain.
     """
     if owner is None or seen_from is None:
         if after is None or after.shares is None:
@@ -444,7 +451,7 @@ def _shares(
         length = short.turn.length
         owner = torch.arange(length, device=short.turn.ids.device).expand(len(short.turn.ids), -1)
         seen_from = owner
-    shares = Shares.of(owner, seen_from, short.turn.columns, short.valid)
+    shares = Shares.of(owner, seen_from, short.turn.columns, short.valid, order)
     # What the cache holds was read by its own shares, whatever this configuration says.
     return shares if after is None else shares.continuing(after.read_as)
 

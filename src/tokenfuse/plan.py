@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -30,6 +30,7 @@ class FusionPlan:
 
     survivors: Int[Tensor, " M"]
     target: Int[Tensor, " N"]
+    frame_order: Int[Tensor, " T"] | None = field(default=None, kw_only=True)
 
     @classmethod
     def identity(cls, n: int, device: torch.device | None = None) -> FusionPlan:
@@ -72,7 +73,7 @@ class FusionPlan:
 
     @property
     def is_identity(self) -> bool:
-        return self.num_kept == self.num_source
+        return self.num_kept == self.num_source and self.frame_order is None
 
     @cached_property
     def sizes(self) -> Int[Tensor, " M"]:
@@ -91,13 +92,21 @@ class FusionPlan:
         counts = torch.zeros(t, dtype=torch.long, device=self.survivors.device)
         return counts.index_add(0, self.survivors // (h * w), torch.ones_like(self.survivors))
 
+    def prompt_order(self, grid: Grid) -> Int[Tensor, " M"]:
+        """The survivors' slots in the order in which they stand in the prompt."""
+        slots = torch.arange(self.num_kept, device=self.survivors.device)
+        if self.frame_order is None:
+            return slots
+        rank = self.frame_order.argsort()[self.survivors // (grid[1] * grid[2])]
+        return rank.argsort(stable=True)
+
     def select(self, x: Tensor) -> Tensor:
         """The survivors' rows of ``x (N, ...)``, unchanged: ``(M, ...)``.
 
         Raises PlanError if ``x`` has not N rows.
         """
         _check_rows(x, self.num_source)
-        return x if self.is_identity else x[self.survivors]
+        return x if self.num_kept == self.num_source else x[self.survivors]
 
     def fuse(self, x: Float[Tensor, "N ..."], reduce: Reduce = "mean") -> Float[Tensor, "M ..."]:
         """One row per survivor: the mean of all that belong to it, or its own row.
@@ -147,7 +156,8 @@ class FusionPlan:
             )
         moved = then.target[self.target.clamp_min(0)]
         target = torch.where(self.target == DROPPED, self.target, moved)
-        return FusionPlan(self.survivors[then.survivors], target)
+        order = self.frame_order if then.frame_order is None else then.frame_order
+        return FusionPlan(self.survivors[then.survivors], target, frame_order=order)
 
     def check(self, n: int) -> None:
         """Raise PlanError unless this is a valid plan for ``n`` tokens. Synchronises once."""

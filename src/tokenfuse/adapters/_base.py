@@ -24,6 +24,7 @@ from tokenfuse.adapters._spans import Span, flat
 from tokenfuse.errors import PromptError, UnsupportedModelError
 from tokenfuse.plan import DROPPED, FusionPlan
 from tokenfuse.prompt.cache import CACHES
+from tokenfuse.prompt.frames import Reordered, chunk_bounds, column_order
 from tokenfuse.prompt.inputs import MODALITIES, PIXELS, Prompt
 from tokenfuse.prompt.realign import Positions
 from tokenfuse.prompt.text import Place, mismatch, prompt_texts
@@ -66,6 +67,15 @@ class Encoded:
                 mask = whole.index_copy(0, span.tokens(mask.device), mask)
             masks.append(mask)
         return torch.cat(masks)
+
+    def frame_columns(self, index: int, columns: Sequence[int]) -> list[tuple[int, int]]:
+        """The first column of each frame of an item, and the one behind its last.
+
+        ``columns``: those of all features of the item, in order.
+        """
+        span = self.spans[index]
+        starts = range(span.head, span.size - span.tail, span.frame_size)
+        return [(columns[i], columns[i + span.frame_size - 1] + 1) for i in starts]
 
     def owners(self, plans: Sequence[FusionPlan]) -> Tensor:
         """The index of the feature that each was fused into, ``(n,)``; -1 where it was dropped."""
@@ -503,10 +513,51 @@ class Adapter(ModelAdapter):
         rows = sorted({row for (row, _), _ in new})
         return prompt_texts(self.model.get_input_embeddings(), prompt.ids, text, [*new, *old], rows)
 
+    def frame_bounds(self, ids: Sequence[int], frames: Sequence[tuple[int, int]]) -> list[int]:
+        """Where the part of a prompt that goes with each frame begins, and the last one ends.
+
+        ``ids``: those of the prompt. ``frames``: the first column of each frame's tokens and the
+        one behind its last. By default text between two frames goes with the later one, but for
+        the markers that follow every frame.
+
+        Raises PromptError where the text before the first frame is not like that before others.
+        """
+        return chunk_bounds(ids, frames)
+
+    def column_order(
+        self,
+        prompt: Prompt,
+        encoded: Sequence[Encoded],
+        plans: Mapping[Modality, Sequence[FusionPlan]],
+    ) -> Tensor | None:
+        """The caller's column that stands in each place of the prompt, ``(B, L)``.
+
+        None where no plan has a ``frame_order``; otherwise a few host synchronisations: the ids,
+        the placeholders of each modality, and each order.
+        """
+        moves, ids = [], None
+        for part in encoded:
+            own, here = plans[part.modality], None
+            for i, (((row, first), (_, last)), plan) in enumerate(
+                zip(part.places, own, strict=True)
+            ):
+                if plan.frame_order is None:
+                    continue
+                ids = prompt.ids.tolist() if ids is None else ids
+                here = prompt.here[part.modality].tolist() if here is None else here
+                columns = [c for c in range(first, last + 1) if here[row][c]]
+                bounds = self.frame_bounds(ids[row], part.frame_columns(i, columns))
+                moves.append(Reordered(row, bounds, plan.frame_order.tolist()))
+        if not moves:
+            return None
+        rows, length = prompt.ids.shape
+        return column_order((rows, length), moves).to(prompt.ids.device)
+
     def fuse(self, encoded: Encoded, plans: Sequence[FusionPlan], fuse: Fuse) -> Any:
         """The vision tower's output after the plans, DeepStack layers too, in its own class.
 
-        ``fuse`` is the strategy's, which applies one plan to the features of one item.
+        ``fuse`` is the strategy's, which applies one plan to the features of one item. The frames
+        of an item come in the order that its plan says.
         """
         sizes = [span.size for span in encoded.spans]
 
@@ -641,9 +692,15 @@ def _map_features(output: Any, change: Callable[[Any], Any]) -> Any:
 def _apply(fuse: Fuse, plan: FusionPlan, span: Span, part: Tensor) -> Tensor:
     """The features ``part`` of a span after the plan for its tokens; all others stay."""
     if span.plain:
-        return fuse(plan, part)
+        fused = fuse(plan, part)
+        return fused if plan.frame_order is None else fused[plan.prompt_order(span.grid)]
     tokens = span.tokens(part.device)
     survivors = tokens[plan.survivors]
     fused = fuse(plan, part[tokens]).to(part.dtype)
-    stay = torch.cat([survivors, span.others(part.device)]).sort().values
+    stay = torch.cat([survivors, span.others(part.device)])
+    if plan.frame_order is None:
+        stay = stay.sort().values
+    else:
+        place = span.in_order(plan.frame_order).argsort()
+        stay = stay[place[stay].argsort()]
     return part.index_copy(0, survivors, fused)[stay]

@@ -75,6 +75,13 @@ class Span(NamedTuple):
         tail = torch.arange(self.size - self.tail, self.size, device=device)
         return torch.cat([head, before.flatten(), behind.flatten(), tail])
 
+    def in_order(self, frames: Int[Tensor, " T"]) -> Int[Tensor, " n"]:
+        """Indices of all features, with the frames in another order."""
+        every = torch.arange(self.size, device=frames.device)
+        end = self.size - self.tail
+        own = every[self.head : end].view(-1, self.frame_size)[frames]
+        return torch.cat([every[: self.head], own.flatten(), every[end:]])
+
     def _rows(self, device: torch.device | None) -> Int[Tensor, "T H"]:
         """Index of the first visual token of each row."""
         t, h, w = self.grid

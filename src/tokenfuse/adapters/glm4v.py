@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -28,6 +28,14 @@ class GLM4V(Packed):
 
     def placeholder_id(self, modality: Modality) -> int | None:
         return super().placeholder_id("image")
+
+    def frame_bounds(self, ids: Sequence[int], frames: Sequence[tuple[int, int]]) -> list[int]:
+        # The timestamp stands after each frame, up to the next frame's marker or the video's end.
+        begins, ends = self.model.config.image_start_token_id, self.model.config.video_end_token_id
+        starts = [start - (start > 0 and ids[start - 1] == begins) for start, _ in frames]
+        last = frames[-1][1]
+        rest = ids[last:]
+        return [*starts, last + (rest.index(ends) if ends in rest else 0)]
 
     def placeholders(self, inputs: Mapping[str, Any], modality: Modality) -> Tensor:
         here, types = super().placeholders(inputs, modality), inputs.get("mm_token_type_ids")

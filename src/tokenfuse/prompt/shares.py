@@ -31,12 +31,23 @@ class Shares:
         seen_from: Int[Tensor, "B N"],
         columns: Int[Tensor, "B M"],
         valid: Bool[Tensor, "B M"],
+        order: Int[Tensor, "B N"] | None = None,
     ) -> Shares:
         """Shares by columns of the whole prompt.
 
         ``owner``: the column of the token that each was fused into, or -1. ``seen_from``: the first
         column that sees each. ``columns``, ``valid``: those that are left, padding marked false.
+        ``order``: the column that stands in each place of the whole prompt, if not its own.
         """
+        if order is not None:
+            # Who comes after whom is said by places, so that all is counted in places.
+            place = order.argsort(-1)
+            owner = torch.where(owner == DROPPED, DROPPED, place.gather(-1, owner.clamp_min(0)))
+            owner, seen_from = (
+                owner.gather(-1, order),
+                place.gather(-1, seen_from).gather(-1, order),
+            )
+            columns = place.gather(-1, columns)
         # Padding stands in the column of some token that is gone, whose place it must not take.
         whole, left = owner.shape[1], columns.shape[1]
         slots = torch.arange(left, device=columns.device).expand_as(columns)
@@ -46,7 +57,8 @@ class Shares:
         after = places.flip(-1).cummin(-1).values.flip(-1)
         key = nn.functional.pad(places.masked_fill(places == left, DROPPED), (0, 1), value=DROPPED)
         key = key.gather(-1, torch.where(owner == DROPPED, whole, owner))
-        return cls(key, after.gather(-1, seen_from), left)
+        first = torch.where(places < left, places, after).gather(-1, seen_from)
+        return cls(key, first, left)
 
     def extend(self, valid: Bool[Tensor, "B K"]) -> Shares:
         """The shares of this prompt followed by ``K`` tokens of text, each of which counts once.

@@ -144,7 +144,8 @@ class Turn:
     @property
     def last_position(self) -> Int[Tensor, "... B 1"]:
         """The position that tokens after the short prompt count from."""
-        end = self.mask.long().cumsum(-1).argmax(-1, keepdim=True)
+        # The last token of the short prompt may be of a frame that has changed places.
+        end = self.columns.masked_fill(self.mask == 0, -1).argmax(-1, keepdim=True)
         last = self.positions.gather(-1, end.expand(*self.positions.shape[:-1], 1))
         if last.ndim == 3:
             last = torch.cat([last[:-3], last[-3:].amax(0, keepdim=True).expand(3, -1, -1)])
@@ -186,19 +187,26 @@ def shorten_prompt(
     *,
     side: PaddingSide | None = None,
     after: Turn | None = None,
+    order: Int[Tensor, "B L"] | None = None,
 ) -> Shortened:
     """Leave out the tokens that ``keep (B, L)`` marks false, and pad the rows again.
 
     ``positions`` are those of the uncompressed prompt. ``policy``: ``"keep"`` them, or count anew,
     ``"contiguous"``. ``side``: where to pad, None as the prompt is padded. ``after``: the turn that
-    a cache holds, of which the prompt is the continuation; its columns stay as they are.
+    a cache holds, of which the prompt is the continuation; its columns stay as they are. ``order``:
+    the column that stands in each place, if not its own; all that a token has goes with it.
 
     Raises PromptError where the last token of a prompt is left out. Two host synchronisations, one
     more where ``side`` is None.
     """
     held = 0 if after is None else after.length
     _refuse_lost_end(prompt.mask, keep)
-    tail = shorten(prompt.mask[:, held:], keep[:, held:], side or padding_side(prompt.mask))
+    mask, side = prompt.mask, side or padding_side(prompt.mask)
+    if order is not None:
+        mask, keep = mask.gather(-1, order), keep.gather(-1, order)
+    tail = shorten(mask[:, held:], keep[:, held:], side)
+    if order is not None:
+        tail = Realigned(order.gather(-1, held + tail.columns) - held, tail.valid)
     columns, valid = held + tail.columns, tail.valid
     if after is None or policy == "keep":
         own = realign_positions(positions.ids[..., held:], tail, policy)

@@ -406,7 +406,7 @@ class Session(Attached):
     ) -> Any:
         """The answer to a shorter prompt, as if the caller's own had been read."""
         prompt = inputs["input_ids"]
-        self._refuse_gaps_without_a_cache(inputs, short["position_ids"])
+        self._refuse_gaps_without_a_cache(inputs, short)
         arguments = for_shorter_prompt(
             short, prompt, short["input_ids"], self.model.generation_config
         )
@@ -451,13 +451,17 @@ class Session(Attached):
                 seen |= set(self.adapter.encoder_inputs(inputs, modality))
         return {name: value for name, value in inputs.items() if name not in seen}
 
-    def _refuse_gaps_without_a_cache(self, inputs: Mapping[str, Any], positions: Tensor) -> None:
+    def _refuse_gaps_without_a_cache(
+        self, inputs: Mapping[str, Any], short: Mapping[str, Any]
+    ) -> None:
         configs = (inputs.get("generation_config"), self.model.generation_config)
         said = [inputs.get("use_cache"), *(getattr(c, "use_cache", None) for c in configs)]
         cached = next((value for value in said if value is not None), True)
         # generate drops a mask that hides nothing; without a cache 1-D positions are all that is
         # left to tell prompts apart.
-        if not cached and positions.ndim == 2 and bool((positions.diff() > 1).any()):
+        positions, steps = short["position_ids"], short["position_ids"].diff()
+        back = (steps < 0) & (short["attention_mask"][:, 1:] != 0)
+        if not cached and positions.ndim == 2 and bool(((steps > 1) | back).any()):
             raise PromptError(
                 "use_cache is False, and without a cache transformers takes gaps in 1-D "
                 "position_ids for the beginnings of other prompts; expected use_cache=True, or "

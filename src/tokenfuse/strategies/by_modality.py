@@ -98,7 +98,7 @@ class ByModality(Strategy):
         if part is None:
             return FusionPlan.identity(tokens.num_tokens, tokens.features.device)
         made = part.plan(tokens)
-        return PartPlan(made.survivors, made.target, part, made)
+        return PartPlan(made.survivors, made.target, part, made, frame_order=made.frame_order)
 
     def fuse(self, plan: FusionPlan, x: Tensor) -> Tensor:
         if isinstance(plan, PartPlan):

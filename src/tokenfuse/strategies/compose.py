@@ -114,7 +114,8 @@ class Compose(Strategy):
             tokens = tokens.after(plan.survivors, step.fuse(plan, tokens.features))
             whole = whole.compose(plan)
             plans.append(plan)
-        return ChainedPlan(whole.survivors, whole.target, tuple(plans))
+        order = whole.frame_order
+        return ChainedPlan(whole.survivors, whole.target, tuple(plans), frame_order=order)
 
     def fuse(self, plan: FusionPlan, x: Tensor) -> Tensor:
         if not isinstance(plan, ChainedPlan):

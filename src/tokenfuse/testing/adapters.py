@@ -81,6 +81,30 @@ class Spread(Halves):
         return FusionPlan.from_roots(index[::2], roots.masked_fill(index % 6 == 5, DROPPED))
 
 
+class Turned(Spread):
+    """Fuses like ``Spread``, and lets the last frame of a video stand first."""
+
+    name: ClassVar[str] = "conformance_turned"
+
+    def plan(self, tokens: VisualTokens) -> FusionPlan:
+        return _turned(super().plan(tokens), tokens)
+
+
+class Moved(Strategy):
+    """Keeps every token, and lets the last frame of a video stand first."""
+
+    name: ClassVar[str] = "conformance_moved"
+
+    def plan(self, tokens: VisualTokens) -> FusionPlan:
+        plan = FusionPlan.identity(tokens.num_tokens, tokens.features.device)
+        return _turned(plan, tokens)
+
+
+def _turned(plan: FusionPlan, tokens: VisualTokens) -> FusionPlan:
+    frames = torch.arange(tokens.grid[0], device=tokens.features.device)
+    return plan if len(frames) == 1 else replace(plan, frame_order=frames.roll(1))
+
+
 DROPS = {
     "33 %": Drop(reduction=0.33),
     "67 %": Drop(reduction=0.67),
@@ -91,6 +115,7 @@ ONE_DROP = "67 %"
 """What prompts lose under every attention but the first."""
 NOTHING = Drop(reduction=0.0)
 HALF = Drop(reduction=0.5)
+MOVED = Moved()
 STEPS = 5
 ALL = slice(None)
 
@@ -251,7 +276,8 @@ class AdapterConformance:
         if key not in self._hidden:
             self._hidden[key] = self.hide(model, inputs, self.shorter(*key).plans)
         hidden, owner = self._hidden[key]
-        return self.run(model, inputs, hidden, owner if proportional else None)
+        order = self.order(model, inputs, strategy)
+        return self.run(model, inputs, hidden, owner if proportional else None, order)
 
     def attach(self, model: Any, strategy: Strategy = HALF, **options: Any) -> Any:
         """``tokenfuse.attach`` as this model needs it."""
@@ -281,13 +307,23 @@ class AdapterConformance:
         inputs: Mapping[str, Any],
         plans: Mapping[Any, Any],
         proportional: bool = False,
+        order: Tensor | None = None,
     ) -> MaskedRun:
         """The full-length run in which what the plans drop is hidden.
 
-        ``proportional``: what is left is weighed by the tokens it stands for.
+        ``proportional``: what is left is weighed by the tokens it stands for. ``order (B, L)``: the
+        column that stands in each place, if not its own.
         """
         hidden, owner = self.hide(model, inputs, plans)
-        return self.run(model, inputs, hidden, owner if proportional else None)
+        return self.run(model, inputs, hidden, owner if proportional else None, order)
+
+    def order(
+        self, model: Any, inputs: Mapping[str, Any], strategy: Strategy = MOVED
+    ) -> Tensor | None:
+        """The column that stands in each place, ``(B, L)``, where the strategy moves frames."""
+        if not isinstance(strategy, Moved | Turned):
+            return None
+        return self.compress(model, inputs, MOVED).columns
 
     def hide(
         self,
@@ -324,11 +360,22 @@ class AdapterConformance:
         inputs: Mapping[str, Any],
         hidden: Tensor,
         owner: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> MaskedRun:
-        """The full-length run in which ``hidden (B, L)`` is hidden, and its ``owner`` seen."""
+        """The full-length run in which ``hidden (B, L)`` is hidden, and its ``owner`` seen.
+
+        ``order (B, L)``: the column that stands in each place, if not its own.
+        """
         kind = MaskedRun if _masked(model) else DeletedRun
-        never = self.never(model)
-        return kind(model, inputs, hidden, never=never, text_type=self.text_type, owner=owner)
+        return kind(
+            model,
+            inputs,
+            hidden,
+            never=self.never(model),
+            text_type=self.text_type,
+            owner=owner,
+            order=order,
+        )
 
     @staticmethod
     def never(model: Any) -> list[int]:
@@ -563,6 +610,88 @@ class AdapterConformance:
         oracle.append(self.question(len(ids)))
         self.agree(second, ids, oracle)
 
+    # Frames in another order
+
+    def test_frames_change_places_with_what_touches_them(self, case: str) -> None:
+        """The last frame stands first, and markers and timestamps go with their frames."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(case)
+        order = self.order(model, inputs)
+        assert order is not None
+        assert torch.equal(order.sort(-1).values[0], torch.arange(order.shape[1]))
+        adapter = self.adapter_of(model)
+        place = order.argsort(-1)
+        with torch.no_grad():
+            encoded = self.encode(model, inputs)
+        moved = torch.zeros_like(order, dtype=torch.bool)
+        for part in encoded:
+            here = adapter.read(inputs).here[part.modality]
+            for i, ((row, first), (_, last)) in enumerate(part.places):
+                columns = (here[row, first : last + 1].nonzero().flatten() + first).tolist()
+                frames = part.frame_columns(i, columns)
+                if len(frames) == 1:
+                    continue
+                begins = place[row, [start for start, _ in frames]]
+                turned = list(range(len(frames)))
+                assert begins.argsort().tolist() == [turned[-1], *turned[:-1]]
+                apart = frames[0][1] != frames[1][0]
+                for start, end in frames:
+                    inside = slice(start - apart, end + apart)
+                    assert place[row, inside].diff().eq(1).all(), "a frame stays in one piece"
+                moved[row, max(0, first - len(columns)) : last + len(columns)] = True
+        own = torch.arange(order.shape[1]).expand_as(order)
+        assert torch.equal(order[~moved], own[~moved]), "nothing else moves"
+
+    def test_moved_frames_equal_the_masked_run(self, attention: str, answered: str) -> None:
+        """Logits, answers and a second turn, where the last frame of every video stands first."""
+        model, inputs = self.model(attention), self.inputs(answered)
+        if all(plan.frame_order is None for plan in self._plans(attention, answered)):
+            pytest.skip("nothing has frames here")
+        short = self.shorter(attention, answered, Turned(reduce="keep"))
+        oracle = self.masked(attention, answered, Turned(reduce="keep"))
+        with torch.no_grad():
+            mine = model(**short).logits
+        logits, real = oracle.logits(), short["attention_mask"].bool()
+        for row, columns in enumerate(short.columns):
+            self.close(mine[row, real[row]], logits[row, columns[real[row]]])
+        with self.attach(model, Turned(reduce="keep")):
+            first, ids = self.first_turn(model, inputs)
+            later = {"input_ids": ids, **as_argument(cache_of(first))} | _mask(inputs, ids)
+            second = self.generate(model, later)
+        self.agree(first, inputs["input_ids"], oracle)
+        oracle.append(self.question(len(ids)))
+        self.agree(second, ids, oracle)
+
+    def test_moved_frames_are_weighed_by_what_they_stand_for(self, answered: str) -> None:
+        """Proportional attention counts who would have seen whom in the new order."""
+        model, inputs = self.model(self.attentions[0]), self.inputs(answered)
+        strategy = Turned(reduce="keep")
+        if all(plan.frame_order is None for plan in self._plans(self.attentions[0], answered)):
+            pytest.skip("nothing has frames here")
+        oracle = self.masked(self.attentions[0], answered, strategy, proportional=True)
+        with self.attach(model, strategy, attention="proportional"):
+            out, ids = self.first_turn(model, inputs)
+            later = {"input_ids": ids, **as_argument(cache_of(out))} | _mask(inputs, ids)
+            second = self.generate(model, later)
+        self.agree(out, inputs["input_ids"], oracle)
+        oracle.append(self.question(len(ids)))
+        self.agree(second, ids, oracle)
+
+    def test_moved_frames_of_later_turns_equal_the_masked_run(self) -> None:
+        """A later turn moves the frames that it brings, and no others."""
+        kind = self.modalities[-1]
+        if kind != "video" or not (self.several or self.frames_as_images):
+            pytest.skip("this model takes no videos, or one in a prompt")
+        turns: list[list[list[Part]]] = [
+            [[("text", 1), (kind, 1), ("text", 2)]],
+            [[("text", 6), (kind, 4), ("text", 7)]],
+        ]
+        for attention in ("plain", "proportional"):
+            self.converse(turns, Turned(reduce="keep"), attention=attention)
+
+    def _plans(self, attention: str, case: str) -> list[FusionPlan]:
+        plans = self.shorter(attention, case, Turned(reduce="keep")).plans
+        return [plan for own in plans.values() for plan in own]
+
     def test_no_token_sees_the_future(self, attention: str, case: str) -> None:
         """What is said last changes nothing of what comes before it."""
         if not self.causal:
@@ -763,7 +892,8 @@ class AdapterConformance:
                     assert session.report.encoded_again > 0 or not again
                     with torch.no_grad():
                         plans = self.plans_of_turns(model, turns[: number + 1], strategy)
-                    oracle = self.oracle(model, whole, plans, proportional)
+                        order = self.order_of_turns(model, turns[: number + 1], whole, strategy)
+                    oracle = self.oracle(model, whole, plans, proportional, order)
                     self.agree(out, whole["input_ids"], oracle)
                 shown = rows
 
@@ -779,6 +909,24 @@ class AdapterConformance:
                     plans = [strategy.plan(tokens) for tokens in part.items]
                     merged.setdefault(part.modality, []).extend(plans)
         return merged
+
+    def order_of_turns(
+        self,
+        model: Any,
+        turns: Sequence[list[list[Part]]],
+        whole: Mapping[str, Any],
+        strategy: Strategy,
+    ) -> Tensor | None:
+        """What stands in each place of one row of two turns at most, each moved by itself."""
+        order = torch.arange(whole["input_ids"].shape[1])[None]
+        for number, turn in enumerate(turns):
+            own = self.order(model, self.prompt(turn), strategy)
+            if own is None:
+                return None
+            # A prompt of one turn ends like the turn, whose answer is text.
+            begin = 0 if number == 0 else order.shape[1] - own.shape[1]
+            order[:, begin : begin + own.shape[1]] = begin + own
+        return order
 
     def conversation(
         self,

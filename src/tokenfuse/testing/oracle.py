@@ -19,9 +19,11 @@ class MaskedRun:
     ``inputs`` are the processor's, ``hidden (B, L)`` marks the dropped tokens. Positions are the
     model's own, by the method that ``generate`` asks. ``never`` are ids that no answer holds,
     ``text_type`` is the token type of an answer. ``owner (B, L)``, for proportional attention: the
-    column of the token that each was fused into, or -1. A hook on each attention of the decoder
-    hides the dropped keys, whatever mask the model makes, so that bidirectional blocks and sliding
-    windows stay as they are. Every answer reads the whole conversation anew, without a cache.
+    column of the token that each was fused into, or -1. ``order (B, L)``, for frames that have
+    changed places: the column that stands in each place; the decoder then reads what the model has
+    made for it in that order. A hook on each attention of the decoder hides the dropped keys,
+    whatever mask the model makes, so that bidirectional blocks and sliding windows stay as they
+    are. Every answer reads the whole conversation anew, without a cache.
     """
 
     def __init__(
@@ -33,9 +35,10 @@ class MaskedRun:
         never: Sequence[int] = (),
         text_type: int = 0,
         owner: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> None:
         self.model, self.inputs, self.hidden = model, dict(inputs), hidden
-        self.owner = owner
+        self.owner, self.order = owner, order
         self.never, self.text_type = list(never), text_type
 
     @property
@@ -58,9 +61,11 @@ class MaskedRun:
                 new = more.get(name, torch.full_like(ids, self.text_type)).to(old.dtype)
                 self.inputs[name] = torch.cat([old, new], -1)
         self.hidden = torch.cat([self.hidden, torch.zeros_like(ids, dtype=torch.bool)], -1)
+        own = torch.arange(self.hidden.shape[1]).expand_as(self.hidden)[:, -ids.shape[1] :]
         if self.owner is not None:
-            own = torch.arange(self.hidden.shape[1]).expand_as(self.hidden)
-            self.owner = torch.cat([self.owner, own[:, self.owner.shape[1] :]], -1)
+            self.owner = torch.cat([self.owner, own], -1)
+        if self.order is not None:
+            self.order = torch.cat([self.order, own], -1)
 
     def positions(self) -> Tensor:
         """The model's own positions for the whole conversation."""
@@ -76,6 +81,8 @@ class MaskedRun:
     @torch.no_grad()
     def logits(self) -> Tensor:
         """Logits ``(B, L, V)``; those of hidden tokens and of padding mean nothing."""
+        if self.order is not None:
+            return self._in_order(self.order)
         with hide(self.model, self.hidden | ~self.real, self.owner):
             # The class's own forward, also while the model is attached.
             output = type(self.model).forward(
@@ -87,6 +94,56 @@ class MaskedRun:
             )
         logits: Tensor = output.logits
         return logits
+
+    def _in_order(self, order: Tensor) -> Tensor:
+        """The logits, in the caller's order, of the decoder that reads another one."""
+        given, mask = self._decoder_inputs(), self.inputs["attention_mask"].gather(-1, order)
+        positions = self.positions()
+        positions = positions.gather(-1, order.expand_as(positions))
+        if positions.ndim == 3 and len(positions) == 4:
+            positions[0] = (mask.cumsum(-1) - 1).clamp_min(0)
+        wide = order[..., None].expand_as(given["inputs_embeds"])
+        read = {"inputs_embeds": given["inputs_embeds"].gather(1, wide)}
+        if (visual := given.get("visual_pos_masks")) is not None:
+            read["visual_pos_masks"] = visual.gather(-1, order)
+            read["deepstack_visual_embeds"] = [
+                torch.zeros_like(wide, dtype=layer.dtype)
+                .masked_scatter(visual[..., None], layer)
+                .gather(1, wide)[read["visual_pos_masks"]]
+                for layer in given["deepstack_visual_embeds"]
+            ]
+        owner = self._placed_owner(order)
+        with hide(self.model, (self.hidden | ~self.real).gather(-1, order), owner):
+            states = self.model.get_decoder()(
+                **read,
+                position_ids=positions,
+                attention_mask=mask,
+                use_cache=False,
+                return_dict=True,
+            )
+        logits: Tensor = self.model.lm_head(states.last_hidden_state)
+        return torch.zeros_like(logits).scatter(1, order[..., None].expand_as(logits), logits)
+
+    def _placed_owner(self, order: Tensor) -> Tensor | None:
+        """The place of the token that the one in each place was fused into, or -1."""
+        if self.owner is None:
+            return None
+        place = order.argsort(-1).gather(-1, self.owner.clamp_min(0))
+        return place.masked_fill(self.owner < 0, -1).gather(-1, order)
+
+    def _decoder_inputs(self) -> dict[str, Any]:
+        """What the model's own forward passes to its decoder."""
+        caught: dict[str, Any] = {}
+
+        def catch(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            caught.update(kwargs)
+
+        handle = self.model.get_decoder().register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            type(self.model).forward(self.model, **self.inputs, position_ids=self.positions())
+        finally:
+            handle.remove()
+        return caught
 
     def follow(self, tokens: Tensor) -> Tensor:
         """Append an answer ``(B, S)``, and give the logits ``(B, S, V)`` that choose its tokens.
@@ -119,10 +176,12 @@ class DeletedRun(MaskedRun):
         given, positions = self._decoder_inputs(), self.positions()
         rows = []
         for row, seen in enumerate(self.seen):
-            own = positions[..., row : row + 1, :][..., seen]
+            columns = torch.arange(len(seen)) if self.order is None else self.order[row]
+            columns = columns[seen[columns]]
+            own = positions[..., row : row + 1, :][..., columns]
             if own.ndim == 3 and len(own) == 4:
                 own[0] = torch.arange(own.shape[-1])
-            embeds = given["inputs_embeds"][row : row + 1, seen]
+            embeds = given["inputs_embeds"][row : row + 1, columns]
             with weigh(self.model, self._weight(row)):
                 states = self.model.get_decoder()(
                     inputs_embeds=embeds,
@@ -134,29 +193,18 @@ class DeletedRun(MaskedRun):
                 )
             logits = self.model.lm_head(states.last_hidden_state)[0]
             whole = logits.new_zeros(len(seen), logits.shape[-1])
-            rows.append(whole.index_copy(0, seen.nonzero().flatten(), logits))
+            rows.append(whole.index_copy(0, columns, logits))
         return torch.stack(rows)
 
     def _weight(self, row: int) -> Tensor | None:
         """What the tokens left of one row weigh to each other, ``(1, 1, M, M)``."""
         if self.owner is None:
             return None
-        seen = self.seen[row]
+        seen, owner = self.seen[row], self.owner
+        if self.order is not None and (placed := self._placed_owner(self.order)) is not None:
+            seen, owner = seen[self.order[row]], placed
         every = torch.ones(len(seen), len(seen), dtype=torch.bool).tril()
-        return log_counts(every, self.owner[row : row + 1])[:, :, seen][..., seen]
-
-    def _decoder_inputs(self) -> dict[str, Any]:
-        caught: dict[str, Any] = {}
-
-        def catch(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            caught.update(kwargs)
-
-        handle = self.model.get_decoder().register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            type(self.model).forward(self.model, **self.inputs, position_ids=self.positions())
-        finally:
-            handle.remove()
-        return caught
+        return log_counts(every, owner[row : row + 1])[:, :, seen][..., seen]
 
 
 def log_counts(visible: Tensor, owner: Tensor) -> Tensor:
