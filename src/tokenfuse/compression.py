@@ -20,6 +20,7 @@ from tokenfuse.config import Configuration, StrategyLike, get_configuration
 from tokenfuse.costs import Stopwatch, attends, kv_cache_bytes, prefill_flops, versions
 from tokenfuse.errors import ConfigError, PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
+from tokenfuse.prompt.cache import cache_of
 from tokenfuse.prompt.inputs import MODALITIES, PIXELS, Prompt
 from tokenfuse.prompt.realign import PaddingSide
 from tokenfuse.prompt.shares import Shares
@@ -271,6 +272,7 @@ def compress_prompt(
         left,
         watch.read(),
         sum(part.again for part in encoded),
+        prompt.inputs,
     )
     observe("tokenfuse_compressed", report=report)
     # What the model reads of a cache is its own delta: set last, and only here.
@@ -460,7 +462,7 @@ def _unchanged(
     adapter: Adapter, prompt: Prompt, configuration: Configuration, observe: Observe
 ) -> CompressedInputs:
     """The inputs of a prompt of text as they are."""
-    report = untouched(adapter, configuration, prompt.mask.sum(-1).tolist())
+    report = untouched(adapter, configuration, prompt.mask.sum(-1).tolist(), prompt.inputs)
     observe("tokenfuse_compressed", report=report)
     columns = torch.arange(prompt.ids.shape[1], device=prompt.ids.device)
     return CompressedInputs(prompt.inputs, report, columns.expand_as(prompt.ids), None)
@@ -470,10 +472,11 @@ def untouched(
     adapter: Adapter,
     configuration: Configuration,
     lengths: list[int],
+    inputs: Mapping[str, Any],
     reason: str = "the prompt has no image or video",
 ) -> Report:
     """The report of prompts of these lengths that stay as they are."""
-    report = _report(adapter, configuration, [], lengths, lengths, [0.0, 0.0, 0.0], 0)
+    report = _report(adapter, configuration, [], lengths, lengths, [0.0, 0.0, 0.0], 0, inputs)
     return report.model_copy(update={"reason": reason})
 
 
@@ -485,10 +488,11 @@ def _report(
     after: list[int],
     laps: list[float],
     again: int,
+    inputs: Mapping[str, Any],
 ) -> Report:
     """The report of one prompt, whose steps took ``laps`` milliseconds."""
     config = adapter.model.config.get_text_config()
-    element = torch.empty(0, dtype=adapter.model.dtype).element_size()
+    element = _element_bytes(adapter.model, inputs)
     return Report(
         strategy=configuration.describe(),
         adapter=adapter.name,
@@ -507,6 +511,23 @@ def _report(
         realign_ms=laps[2],
         versions=_versions(),
     )
+
+
+def _element_bytes(model: Any, inputs: Mapping[str, Any]) -> float:
+    """Bytes of one number in the cache that a prompt with these inputs fills.
+
+    Of the text's dtype, which may not be the vision tower's. A quantised cache has its bits; the
+    scales beside them, and the last tokens that it keeps whole, are left out.
+    """
+    layer = next(iter(getattr(cache_of(inputs), "layers", None) or ()), None)
+    bits = getattr(layer, "nbits", None)
+    if bits is None and inputs.get("cache_implementation") == "quantized":
+        config = inputs.get("cache_config") or {}
+        bits = config.get("nbits", 4) if isinstance(config, Mapping) else 4
+    if bits is not None:
+        return float(bits) / 8
+    size: int = model.get_input_embeddings().weight.element_size()
+    return size
 
 
 def _why_whole(

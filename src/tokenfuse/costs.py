@@ -36,13 +36,13 @@ def prefill_flops(config: Any, lengths: Sequence[int]) -> int:
     return layers * sum(n * weights + n * n * q for n in lengths)
 
 
-def kv_cache_bytes(config: Any, lengths: Sequence[int], element_bytes: int) -> int:
+def kv_cache_bytes(config: Any, lengths: Sequence[int], element_bytes: float) -> int:
     """Bytes of keys and values that prompts of these lengths leave in the cache.
 
     Other layers than attention keep a state whose size does not depend on the length.
     """
     per_token: int = 2 * sum(attends(config)) * config.num_key_value_heads * _head_dim(config)
-    return per_token * element_bytes * sum(lengths)
+    return int(per_token * element_bytes * sum(lengths))
 
 
 def attends(config: Any) -> list[bool]:

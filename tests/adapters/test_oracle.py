@@ -9,6 +9,7 @@ from models import (
     Halves,
     Oracle,
     batch,
+    build,
     drop,
     image_then_video,
     model_of,
@@ -283,6 +284,17 @@ def test_report_counts_the_tokens_of_a_batch_without_padding():
     assert short.report.kv_cache_bytes_after == kv_cache_bytes(
         config, short["attention_mask"].sum(-1).tolist(), 4
     )
+
+
+def test_cache_bytes_are_those_of_the_text_and_of_a_quantised_cache():
+    model = build()
+    whole = compress(model, one_video(), drop(0.5)).report.kv_cache_bytes_after
+    asked = {"cache_implementation": "quantized", "cache_config": {"nbits": 2, "backend": "hqq"}}
+    quantised = compress(model, {**one_video(), **asked}, drop(0.5)).report
+    assert quantised.kv_cache_bytes_after * 16 == whole
+    model.model.visual.to(torch.bfloat16)
+    mixed = compress(model, one_video(), drop(0.5)).report
+    assert mixed.kv_cache_bytes_after == whole
 
 
 def test_report_reads_well_and_measures_its_own_cost():

@@ -200,6 +200,41 @@ def test_one_model_cannot_be_attached_in_two_threads(model):
     assert len(errors) == 1
 
 
+def test_of_many_threads_that_enter_one_session_one_gets_in(model):
+    session = attach(model)
+    session.detach()
+    start, inside = threading.Barrier(8), []
+
+    def work():
+        start.wait()
+        try:
+            session.__enter__()
+            inside.append(1)
+        except AttachError:
+            inside.append(0)
+
+    for _ in range(20):
+        inside.clear()
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sum(inside) == 1
+        session.__exit__(None, None, None)
+        assert not tokenfuse.is_attached(model)
+
+
+def test_leaving_a_block_that_was_not_entered_takes_nobody_elses_session(model):
+    first = attach(model)
+    first.__exit__(None, None, None)
+    assert first.attached
+    first.detach()
+    with attach(model) as second:
+        first.__exit__(None, None, None)
+        assert second.attached
+
+
 @pytest.mark.parametrize("inputs", [one_video(), batch("right")], ids=["one", "batch"])
 @pytest.mark.parametrize("as_tuple", [False, True])
 def test_forward_gives_the_logits_of_the_shorter_prompt(model, inputs, as_tuple):

@@ -43,7 +43,7 @@ TAIL = """
 Made again by:
 
 ```console
-$ python -m pytest tests/adapters/test_conformance.py --record docs/results/models.json
+$ python -m pytest tests/adapters/test_conformance.py --full --record docs/results/models.json
 $ python -m tokenfuse.bench.models_page docs/results/models.json > docs/reference/models.md
 ```
 

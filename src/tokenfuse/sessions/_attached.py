@@ -21,6 +21,7 @@ MARK = "_tokenfuse_session"
 STATE = "__getstate__"
 REPLICATE = "_replicate_for_data_parallel"
 _placing = threading.Lock()
+"""Held while any session is attached, detached, entered or left."""
 
 
 def is_attached(model: Any) -> bool:
@@ -39,7 +40,8 @@ class Attached(ABC):
         self.configuration = configuration
         self._undo = ExitStack()
         self._entered = False
-        self._attach()
+        with _placing:
+            self._attach()
 
     @property
     def strategy(self) -> Strategy:
@@ -58,8 +60,9 @@ class Attached(ABC):
 
         Raises AttachError if the session is not attached.
         """
-        self.require_attached("detach")
-        self._undo.close()
+        with _placing:
+            self.require_attached("detach")
+            self._undo.close()
 
     def require_attached(self, what: str) -> None:
         """Raise AttachError, which names the method ``what``, unless the session is attached."""
@@ -71,14 +74,15 @@ class Attached(ABC):
             )
 
     def __enter__(self) -> Self:
-        if self._entered:
-            raise AttachError(
-                "this session is in a with-block already; expected one block at a time: leave the "
-                "outer with-block first"
-            )
-        if not self.attached:
-            self._attach()
-        self._entered = True
+        with _placing:
+            if self._entered:
+                raise AttachError(
+                    "this session is in a with-block already; expected one block at a time: leave "
+                    "the outer with-block first"
+                )
+            if not self.attached:
+                self._attach()
+            self._entered = True
         return self
 
     def __exit__(
@@ -87,9 +91,10 @@ class Attached(ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._entered = False
-        if self.attached:
-            self.detach()
+        with _placing:
+            entered, self._entered = self._entered, False
+            if entered and self.attached:
+                self._undo.close()
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
@@ -105,7 +110,7 @@ class Attached(ABC):
         """Place what acts in the model; ``undo`` takes it away again."""
 
     def _attach(self) -> None:
-        with _placing, ExitStack() as undo:
+        with ExitStack() as undo:
             if is_attached(self.model):
                 raise AttachError(
                     f"this {type(self.model).__name__} is already attached; expected one session "

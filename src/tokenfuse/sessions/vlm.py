@@ -291,7 +291,7 @@ class Session(Attached):
         if embeds is not None and all(inputs.get(name) is None for name in PIXELS.values()):
             lengths = [embeds.shape[1]] * len(embeds)
             why = "the prompt came as inputs_embeds, which do not say what is visual"
-            self._note(untouched(self.adapter, self.configuration, lengths, why), None)
+            self._note(untouched(self.adapter, self.configuration, lengths, inputs, why), None)
             return inputs, None
         short = compress_prompt(
             self.adapter,
