@@ -400,7 +400,7 @@ def _plans(part: Encoded, strategy: Strategy, observe: Observe) -> list[FusionPl
             plan = FusionPlan.identity(tokens.num_tokens, tokens.features.device)
         else:
             plan = chosen.plan(tokens)
-            plan.check(tokens.num_tokens)
+            plan.check(tokens.num_tokens, tokens.grid[0])
         observe("tokenfuse_planned", tokens=tokens, plan=plan, strategy=chosen or strategy)
         plans.append(plan)
     return plans

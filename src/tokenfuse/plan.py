@@ -23,7 +23,9 @@ class FusionPlan:
 
     ``survivors``: ``(M,)`` long, strictly increasing source indices of the tokens that stay.
     ``target``: ``(N,)`` long, the survivor slot in ``0..M-1`` that each source token belongs to,
-    or -1 where it was dropped.
+    or -1 where it was dropped. ``frame_order``: ``(T,)`` long, the order in which the frames stand
+    in the prompt; None for the order of time. Survivors, targets and all that a plan is applied to
+    stay in the order of the source whatever it says.
 
     Making and applying a plan never synchronises with the host; ``check`` does.
     """
@@ -92,13 +94,15 @@ class FusionPlan:
         counts = torch.zeros(t, dtype=torch.long, device=self.survivors.device)
         return counts.index_add(0, self.survivors // (h * w), torch.ones_like(self.survivors))
 
-    def prompt_order(self, grid: Grid) -> Int[Tensor, " M"]:
-        """The survivors' slots in the order in which they stand in the prompt."""
-        slots = torch.arange(self.num_kept, device=self.survivors.device)
+    def prompt_order(self, frames: Int[Tensor, " M"]) -> Int[Tensor, " M"]:
+        """The survivors' slots in the order in which they stand in the prompt.
+
+        ``frames``: the frame of each survivor. Whole frames change places; inside a frame the order
+        is that of the source.
+        """
         if self.frame_order is None:
-            return slots
-        rank = self.frame_order.argsort()[self.survivors // (grid[1] * grid[2])]
-        return rank.argsort(stable=True)
+            return torch.arange(self.num_kept, device=self.survivors.device)
+        return self.frame_order.argsort()[frames].argsort(stable=True)
 
     def select(self, x: Tensor) -> Tensor:
         """The survivors' rows of ``x (N, ...)``, unchanged: ``(M, ...)``.
@@ -147,6 +151,8 @@ class FusionPlan:
     def compose(self, then: FusionPlan) -> FusionPlan:
         """This plan followed by ``then``, a plan for this plan's survivors, as one plan.
 
+        Frames stand as the second plan says; where it says nothing, as the first does.
+
         Raises PlanError if ``then`` is for another number of tokens.
         """
         if then.num_source != self.num_kept:
@@ -159,8 +165,12 @@ class FusionPlan:
         order = self.frame_order if then.frame_order is None else then.frame_order
         return FusionPlan(self.survivors[then.survivors], target, frame_order=order)
 
-    def check(self, n: int) -> None:
-        """Raise PlanError unless this is a valid plan for ``n`` tokens. Synchronises once."""
+    def check(self, n: int, frames: int | None = None) -> None:
+        """Raise PlanError unless this is a valid plan for ``n`` tokens.
+
+        ``frames``: how many frames they come from, where that is known. Synchronises once, and once
+        more where frames change places.
+        """
         if {self.survivors.dtype, self.target.dtype} != {torch.long}:
             raise PlanError(
                 f"a plan has survivors of {self.survivors.dtype} and target of "
@@ -186,6 +196,18 @@ class FusionPlan:
         broken = [text for text, ok in zip(_RULES, rules.tolist(), strict=True) if not ok]
         if broken:
             raise PlanError(f"a plan for {n} tokens breaks its contract: {'; '.join(broken)}")
+        if self.frame_order is not None:
+            self._check_order(self.frame_order, frames)
+
+    def _check_order(self, order: Tensor, frames: int | None) -> None:
+        given = order.tolist() if order.ndim == 1 and order.dtype == torch.long else None
+        count = len(given or ()) if frames is None else frames
+        if given is None or sorted(given) != list(range(count)):
+            shown = f"{order.dtype} {tuple(order.shape)}" if given is None else given
+            raise PlanError(
+                f"a plan has frame_order {shown}; expected every frame once, torch.long, "
+                f"0..{count - 1} in some order"
+            )
 
     def _sum(self, x: Tensor) -> Tensor:
         # Dropped tokens are added to one row too many, so that no mask is needed.

@@ -61,6 +61,7 @@ def configs(draw, grid, budget=None, **fixed):
         "window": draw(st.sampled_from([1, 3, 5, 7])),
         "reference": draw(st.sampled_from(["anchor", "previous"])),
         "reduce": draw(st.sampled_from(["mean", "keep"])),
+        "order": draw(st.sampled_from(["anchor_first", "time"])),
         "segments": draw(st.sampled_from(["auto", "single"])),
         "reanchor": draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
         "guard": draw(st.sampled_from(["none", "motion"])),
@@ -85,7 +86,9 @@ def cases(draw, grid=None, **fixed):
 
 
 def same(a, b):
-    return torch.equal(a.survivors, b.survivors) and torch.equal(a.target, b.target)
+    orders = [plan.frame_order for plan in (a, b) if plan.frame_order is not None]
+    alike = not orders or (len(orders) == 2 and torch.equal(*orders))
+    return torch.equal(a.survivors, b.survivors) and torch.equal(a.target, b.target) and alike
 
 
 # --- what holds for every configuration ---------------------------------------------------------
@@ -107,11 +110,12 @@ def test_compress_keeps_coordinates_and_the_sum_of_features(case):
     tokens, config = case
     out = config.compress(tokens)
     n, x = tokens.num_tokens, tokens.features
-    assert torch.equal(out.coords, tokens.coords[out.plan.survivors])
-    assert torch.equal(out.sizes, out.plan.sizes)
+    order = out.plan.prompt_order(tokens.coords[out.plan.survivors, 0])
+    assert torch.equal(out.coords, tokens.coords[out.plan.survivors[order]])
+    assert torch.equal(out.sizes, out.plan.sizes[order])
     assert out.features.dtype == x.dtype
     if config.reduce == "keep":
-        assert torch.equal(out.features, x[out.plan.survivors])
+        assert torch.equal(out.features, x[out.plan.survivors[order]])
         return
     total = (out.sizes[:, None] * out.features.double()).sum(0)
     # The result is rounded to its dtype once, the fp32 sum once per token.
@@ -182,11 +186,9 @@ def test_a_budget_of_one_token_and_of_all_tokens(case):
     assert torch.equal(everything.compress(tokens).features, tokens.features)
 
 
-@given(
-    cases(budget=False, segments="single", reference="anchor"),
-    st.lists(st.floats(-1, 1.1), min_size=2, max_size=4),
-)
+@given(cases(budget=False), st.lists(st.floats(-1, 1.1), min_size=2, max_size=4))
 def test_a_higher_threshold_never_keeps_fewer_tokens(case, thresholds):
+    """Whatever the other options are: neither anchors nor matches depend on the threshold."""
     tokens, config = case
     kept = [
         set(config.model_copy(update={"threshold": t}).plan(tokens).survivors.tolist())
@@ -261,6 +263,10 @@ def scenes(order, seed, h=3, w=4, noise=0.05):
     return VisualTokens.from_grid(x, (len(order), h, w))
 
 
+SCENES = {"segments": "auto", "order": "time"}
+"""New anchors after scene changes, and frames in their order."""
+
+
 def anchors(plan, grid):
     """The frames that survive whole."""
     places = grid[1] * grid[2]
@@ -270,7 +276,7 @@ def anchors(plan, grid):
 @given(st.sampled_from(["AB", "AAB", "ABB", "AABBB", "AAAABB"]), SEEDS)
 def test_two_scenes_have_two_anchors_and_each_is_reduced(order, seed):
     tokens = scenes(order, seed)
-    plan = TTF().plan(tokens)
+    plan = TTF(**SCENES).plan(tokens)
     found = anchors(plan, tokens.grid)
     assert [order[t] for t in found] == ["A", "B"]
     assert plan.num_kept == 2 * 12
@@ -279,7 +285,7 @@ def test_two_scenes_have_two_anchors_and_each_is_reduced(order, seed):
     for t, letter in enumerate(order):
         assert {order[a] for a in anchor_of[frame_of == t].tolist()} == {letter}
 
-    first = TTF(anchor="first").plan(tokens)
+    first = TTF(**SCENES, anchor="first").plan(tokens)
     assert anchors(first, tokens.grid) == [0, order.index("B")]
     single = TTF(segments="single", anchor="first").plan(tokens)
     assert single.num_kept == 12 * (1 + order.count("B"))
@@ -304,14 +310,14 @@ def test_two_scenes_have_two_anchors_and_each_is_reduced(order, seed):
 def test_scenes_that_return(orders, seed):
     order, expected = orders
     tokens = scenes(order, seed)
-    found = anchors(TTF().plan(tokens), tokens.grid)
+    found = anchors(TTF(**SCENES, anchor="first").plan(tokens), tokens.grid)
     assert sorted(order[t] for t in found) == sorted(expected)
 
 
 def test_reanchoring_ends_after_its_rounds():
     # With anchor "first" each round gives one more scene of a run an anchor.
     held = "ABCDEFGHI"[: REANCHOR_ROUNDS + 1]
-    config = TTF(anchor="first")
+    config = TTF(**SCENES, anchor="first")
     assert config.plan(scenes(held + held[-1], 0)).num_kept == 12 * len(held)
     assert config.plan(scenes(held + "XX", 0)).num_kept == 12 * (len(held) + 2)
 
@@ -319,7 +325,7 @@ def test_reanchoring_ends_after_its_rounds():
 @given(st.sampled_from(["AABAA", "ABAB", "AABBCC", "ABCABC"]), SEEDS)
 def test_a_chain_begins_again_at_every_cut(order, seed):
     tokens = scenes(order, seed)
-    plan = TTF(reference="previous").plan(tokens)
+    plan = TTF(**SCENES, reference="previous").plan(tokens)
     cuts = [t for t in range(len(order)) if t == 0 or order[t] != order[t - 1]]
     assert anchors(plan, tokens.grid) == cuts
     assert plan.num_kept == 12 * len(cuts)
@@ -330,12 +336,13 @@ def test_a_chain_begins_again_at_every_cut(order, seed):
 def test_anchors_of_scenes_never_exceed_the_budget(order, count, seed):
     tokens = scenes(order, seed)
     assume(count <= tokens.num_tokens)
-    plan = TTF(keep_ratio=count / tokens.num_tokens).plan(tokens)
+    plan = TTF(**SCENES, anchor="first", keep_ratio=count / tokens.num_tokens).plan(tokens)
     plan.check(tokens.num_tokens)
     assert plan.num_kept == count
     scenes_held = min(count // 12, len(set(order)))
     assert len(anchors(plan, tokens.grid)) >= scenes_held
-    if 12 * len(anchors(TTF().plan(tokens), tokens.grid)) <= count:
+    whole = TTF(**SCENES, anchor="first").plan(tokens)
+    if 12 * len(anchors(whole, tokens.grid)) <= count:
         letter = torch.tensor([ord(c) for c in order])[tokens.coords[:, 0]]
         assert torch.equal(letter[plan.survivors][plan.target], letter), "each scene stays apart"
 
@@ -353,9 +360,7 @@ def test_a_pan_leaves_only_the_border_that_it_reveals(reference, h, w, down, rig
     lefts = [f if right > 0 else t - f if right < 0 else 0 for f in range(t)]
     x = torch.stack([world[a : a + h, b : b + w] for a, b in zip(tops, lefts, strict=True)])
     tokens = VisualTokens.from_grid(x, (t, h, w))
-    config = TTF(
-        threshold=0.9999, window=window, reference=reference, segments="single", guard="none"
-    )
+    config = TTF(threshold=0.9999, window=window, reference=reference, anchor="first")
     plan = config.plan(tokens)
 
     first_seen = {}
@@ -492,6 +497,11 @@ def cosine(a, b):
     return round(sum(map(operator.mul, a, b)) / length, 9) if length else None
 
 
+def exact(a, b):
+    length = math.sqrt(sum(map(operator.mul, a, a)) * sum(map(operator.mul, b, b)))
+    return sum(map(operator.mul, a, b)) / length
+
+
 class Loops:
     """Survivors and roots by the definition: Python loops over fp64, one token at a time."""
 
@@ -500,8 +510,7 @@ class Loops:
         self.t, self.h, self.w = x.shape[:3]
         self.p = self.h * self.w
         self.x = x.double().flatten(1, 2).tolist()
-        means = x.double().flatten(1, 2).mean(1).tolist()
-        self.alike = [[cosine(a, b) for b in means] for a in means]
+        self.means = x.double().flatten(1, 2).mean(1).tolist()
         self.chained = config.reference == "previous"
         self.anchor_of = [self.first_anchor()] * self.t
         self.matches = self.match()
@@ -520,24 +529,38 @@ class Loops:
         if self.t == 1 or self.chained or self.config.anchor == "first":
             return 0
         if self.config.anchor == "auto":
-            return self.medoid(range(self.t))
+            return self.central(range(self.t))
         return self.config.anchor
 
-    def medoid(self, run):
+    def central(self, run):
+        """The frame of the run whose mean vector is nearest to the mean of all of them."""
         # The mean of a frame may be zero, and zero is like nothing.
-        sound = [f for f in run if self.alike[f][f] is not None] or list(run)
-        others = {f: sorted(self.alike[f][g] or 0 for g in sound if g != f) for f in sound}
-        best = min(sound, key=lambda f: (-sum(others[f]), f))
+        sound = [f for f in run if any(self.means[f])]
+        if not sound:
+            return min(run)
         for f in sound:
-            # Equal sums of unequal parts are equal only without rounding.
-            assume(others[f] == others[best] or sum(others[best]) - sum(others[f]) >= 1e-4)
-        return best
+            # Sums of both signs may leave fp32 nothing but rounding.
+            assume(max(map(abs, self.means[f])) > 1e-3)
+        width = len(self.means[0])
+        centre = [sum(self.means[f][d] for f in sound) / len(sound) for d in range(width)]
+        assume(max(map(abs, centre)) > 1e-3)
+        apart = {f: math.sqrt(max(0.0, 2 - 2 * exact(self.means[f], centre))) for f in sound}
+        best = min(sound, key=lambda f: (apart[f], f))
+        for f in sound:
+            same = self.means[f] == self.means[best]
+            assume(same or apart[f] - apart[best] >= 1e-4)
+        return min(f for f in sound if self.means[f] == self.means[best])
 
     def match(self):
         reach = self.config.window // 2
         found = [[self.best(f, i, reach) for i in range(self.p)] for f in range(self.t)]
         if self.config.guard == "none" or reach == 0:
             return found
+        here = [[self.best(f, i, 0) for i in range(self.p)] for f in range(self.t)]
+        found = [
+            [own if m is not None and own[0] == m[0] else m for m, own in zip(a, b, strict=True)]
+            for a, b in zip(found, here, strict=True)
+        ]
         return [
             [
                 m if m is None or self.alike_around(row, i) else self.best(f, i, 0)
@@ -578,20 +601,21 @@ class Loops:
                 if s is None:
                     continue
                 found.append(s)
-                if best is None or s > best[0] or (s == best[0] and di + dj < best[1]):
-                    best = (s, di + dj, y * self.w + z)
+                if best is None or s > best[0]:
+                    best = (s, y * self.w + z)
         if best is None:
             return -2.0, other * self.p + place
         for s in found:
             differ(s, best[0])
         assume(abs(best[0] - self.config.threshold) >= 1e-4)
-        return best[0], other * self.p + best[2]
+        return best[0], other * self.p + best[1]
 
     def lost(self, f):
         if self.is_anchor(f):
             return False
-        matched = sum(s > self.config.threshold for s, _ in self.matches[f])
-        return matched < Fraction(str(self.config.reanchor)) * self.p
+        explained = sum(max(s, 0) for s, _ in self.matches[f]) / self.p
+        assume(abs(explained - self.config.reanchor) >= 1e-4 or explained in (0, 1))
+        return explained < self.config.reanchor
 
     def refine(self):
         most = self.t if self.count is None else self.count // self.p
@@ -610,10 +634,24 @@ class Loops:
                 return
             for run in runs:
                 first = self.chained or self.config.anchor == "first"
-                anchor = run[0] if first else self.medoid(run)
+                anchor = run[0] if first else self.central(run)
                 for f in run:
                     self.anchor_of[f] = anchor
             self.matches = self.match()
+
+    def frame_order(self):
+        """Each anchor right before the first frame that belongs to it, the others in time."""
+        if self.config.order == "time" or self.chained or self.config.anchor == "first":
+            return range(self.t)
+        before = {f: [] for f in range(self.t)}
+        for a in sorted(set(self.anchor_of)):
+            before[min(f for f in range(self.t) if self.anchor_of[f] == a)].append(a)
+        shown = []
+        for f in range(self.t):
+            shown += before[f]
+            if not self.is_anchor(f):
+                shown.append(f)
+        return shown
 
     def choose(self):
         """Source indices of the survivors."""
@@ -667,9 +705,17 @@ class Loops:
 
 def agree(x, grid, config, count=None):
     expected = Loops(x, config, count)
-    plan = config.plan(VisualTokens.from_grid(x, grid))
+    tokens = VisualTokens.from_grid(x, grid)
+    plan = config.plan(tokens)
     assert plan.survivors.tolist() == expected.survivors
     assert plan.survivors[plan.target].tolist() == expected.roots
+    order = expected.frame_order() if plan.num_kept < plan.num_source else range(grid[0])
+    assert [*order] == (
+        [*range(grid[0])] if plan.frame_order is None else plan.frame_order.tolist()
+    )
+    frames = [index // (grid[1] * grid[2]) for index in expected.survivors]
+    shown = [i for f in order for i, g in zip(expected.survivors, frames, strict=True) if f == g]
+    assert torch.equal(config.compress(tokens).coords, tokens.coords[shown])
 
 
 SMALL = grids(5, 4, 4)
@@ -758,7 +804,7 @@ def test_threshold_mode_reads_once_and_once_more_per_round(monkeypatch, rounds, 
         return [30, int(len(reads) <= rounds)]  # survivors, new segments
 
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)
-    plan = TTF(reference=reference).plan(meta_tokens((5, 4, 4)))
+    plan = TTF(reference=reference, segments="auto").plan(meta_tokens((5, 4, 4)))
     assert len(reads) == 1 + rounds
     assert plan.num_kept == 30
 

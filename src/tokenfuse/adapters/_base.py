@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -693,7 +694,9 @@ def _apply(fuse: Fuse, plan: FusionPlan, span: Span, part: Tensor) -> Tensor:
     """The features ``part`` of a span after the plan for its tokens; all others stay."""
     if span.plain:
         fused = fuse(plan, part)
-        return fused if plan.frame_order is None else fused[plan.prompt_order(span.grid)]
+        if plan.frame_order is None:
+            return fused
+        return fused[plan.prompt_order(plan.survivors // prod(span.grid[1:]))]
     tokens = span.tokens(part.device)
     survivors = tokens[plan.survivors]
     fused = fuse(plan, part[tokens]).to(part.dtype)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tokenfuse.ops.similarity import cosine, on_host
+from tokenfuse.ops.similarity import NO_MATCH, cosine, on_host
 
 NEIGHBOURS = [(i, j) for i in range(3) for j in range(3) if (i, j) != (1, 1)]
 """Where the 8 places around one stand in a grid that is padded by one."""
@@ -21,9 +21,8 @@ def window_match(
 
     ``reference``: the index of one frame for all (``R = 1``) or of one for each (``R = T``).
     Returns the similarity, fp32, the row-major index ``0..H*W-1`` of the match in its reference
-    frame, and the cosine with the token's own place there, fp32. On ties the match with the least
-    ``|di| + |dj|`` wins, then the first in row-major order. A zero vector matches nothing:
-    similarity NO_MATCH and its own place.
+    frame, and the cosine with the token's own place there, fp32. On ties the first place in
+    row-major order wins. A zero vector matches nothing: similarity NO_MATCH and its own place.
 
     Tiles of the grid are compared with their neighbourhood in one product each, so that the
     features are read once and the work grows with the window, not with the grid.
@@ -80,7 +79,7 @@ def _best(
     reach: int,
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best candidate per query, ties to the nearest, then to the first in row-major order.
+    """The best candidate per query, ties to the first in row-major order.
 
     Its cosine and place, and the cosine of the query's own place.
     """
@@ -89,14 +88,12 @@ def _best(
     di = (y[None, :] - i[:, None]).abs()
     dj = (x[None, :] - j[:, None]).abs()
     similar = similar.masked_fill((di > reach) | (dj > reach), -torch.inf)
-    best = similar.amax(-1)
-    candidates = y.shape[0]
-    order = (di + dj) * candidates + torch.arange(candidates, device=similar.device)
-    tied = similar == best[..., None]
-    order = torch.where(tied, order, torch.iinfo(torch.long).max)
+    # max returns the first of equals.
+    best, first = similar.max(-1)
     here = (i - near_rows.start) * (near_cols.stop - near_cols.start) + j - near_cols.start
     own = similar.gather(-1, here.expand(similar.shape[0], -1)[..., None])[..., 0]
-    return best, (y * width + x)[order.argmin(-1)], own
+    place = torch.where(best == NO_MATCH, here, first)
+    return best, (y * width + x)[place], own
 
 
 def _places(rows: slice, cols: slice, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,9 @@ class Compressed:
     """What is left of one item.
 
     ``features (M, D)``: one row per survivor, fused. ``coords (M, 3)``: where the survivors stand.
-    ``sizes (M,)``: how many source tokens each stands for. ``plan``: what made them.
+    ``sizes (M,)``: how many source tokens each stands for. ``plan``: what made them. Rows come in
+    the order in which a prompt would show them: where the plan has a ``frame_order``, whole frames
+    have changed places, and the coordinates tell.
     """
 
     features: Float[Tensor, "M D"]
@@ -98,9 +100,11 @@ class Strategy(BaseModel, ABC):
     def compress(self, tokens: VisualTokens) -> Compressed:
         """Tokens and positions in, fewer tokens and their positions out."""
         plan = self.plan(tokens)
-        return Compressed(
-            self.fuse(plan, tokens.features), plan.select(tokens.coords), plan.sizes, plan
-        )
+        features, coords = self.fuse(plan, tokens.features), plan.select(tokens.coords)
+        if plan.frame_order is None:
+            return Compressed(features, coords, plan.sizes, plan)
+        order = plan.prompt_order(coords[:, 0])
+        return Compressed(features[order], coords[order], plan.sizes[order], plan)
 
     def needed(self) -> Needs:
         """What the adapter has to supply for this configuration."""

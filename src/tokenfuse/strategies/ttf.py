@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from math import prod
 from typing import Annotated, ClassVar, Literal
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from tokenfuse.errors import ConfigError
 from tokenfuse.ops.select import true_indices
-from tokenfuse.ops.similarity import STEP, cosine, on_host
+from tokenfuse.ops.similarity import cosine, on_host, unit
 from tokenfuse.ops.window import moved_alike, window_match
 from tokenfuse.plan import FusionPlan, Reduce
 from tokenfuse.strategies._base import Budgeted, Need
@@ -25,38 +26,47 @@ REANCHOR_ROUNDS = 4
 class TTF(Budgeted):
     """Fuse tokens that repeat what a local window of an anchor frame already says.
 
-    Source: Temporal Token Fusion, arXiv 2605.07355. Its abstract fixes the automatic anchor, the
-    local window, the cosine threshold, fusion before the LLM and the kept coordinates. The medoid
-    for the automatic anchor, re-anchoring after scene changes, tie-breaking, the guard and the
-    keep-ratio mode are ours. So are the defaults of ``anchor`` and ``guard``: a language model
-    reads from the first frame to the last, and an anchor that comes later leaves it nothing to
-    compare with. The preset ``ttf-published`` has the published ones.
+    Source: Temporal Token Fusion, arXiv 2605.07355. The defaults are the published method: the
+    outline is that of its abstract; the anchor, the order and the fusion by identity are those of
+    its section 3.1 as two independent implementations read it.
 
-    Each token of a non-anchor frame is compared with the ``window × window`` neighbourhood of its
-    place in the anchor frame. Where the greatest cosine exceeds ``threshold``, the token leaves and
-    belongs to its best match. A zero vector matches nothing. ``threshold >= 1`` keeps everything.
-    An item of one frame, such as an image, stays as it is, whatever the options say.
+    The anchor frame is the one whose mean vector has the greatest cosine with the mean of all
+    frames' means (the earliest on ties). Each token of another frame is compared with the
+    ``window × window`` neighbourhood of its place in the anchor frame. Where the greatest cosine
+    exceeds ``threshold``, the token leaves and belongs to its best match (the first in row-major
+    order on ties), which stays as it is. A zero vector matches nothing. ``threshold >= 1`` keeps
+    everything. The anchor frame stands first in the prompt, then the others in time; all keep
+    their positions. An item of one frame, such as an image, stays as it is, whatever the options
+    say.
 
-    ``segments="auto"``: a frame of which less than ``reanchor`` matched is lost. Each run of
-    consecutive lost frames gets an anchor of its own, its first frame, or its medoid with
-    ``anchor="auto"``. Then all is matched again, up to REANCHOR_ROUNDS times. ``"single"`` is the
-    published form.
+    What follows is ours. ``order="time"`` leaves the anchor frame where it is. ``reduce="mean"``
+    makes each survivor the mean of all that belongs to it.
+
+    ``segments="auto"``: a frame whose tokens have an average similarity below ``reanchor`` is lost
+    (a negative one counts as 0). Each run of consecutive lost frames gets an anchor of its own: its
+    first frame with ``anchor="first"``, else the one nearest to the run's mean. Then all is matched
+    again, up to REANCHOR_ROUNDS times. Each anchor stands right before the first frame that belongs
+    to it.
 
     ``reference="previous"`` compares each frame with the one before instead, and a fused token
     belongs to whatever its match belongs to. The first frame is the anchor, and with
     ``segments="auto"`` each lost frame is another.
 
     ``guard="motion"`` accepts a match at another place only where most of the 3 × 3 places
-    around it found theirs by the same shift, as they do under a camera that moves. Elsewhere the
+    around it found theirs by the same shift, as they do where a whole region moves. Elsewhere the
     token is compared with its own place: what has left a place, or come to one, is not explained by
-    a look-alike beside it.
+    a look-alike beside it. Where tokens repeat nothing exactly, neighbours seldom agree on a shift,
+    so that a camera that moves is hardly compressed.
 
     ``keep_ratio`` replaces the threshold by the value that leaves exactly ⌈keep_ratio · N⌉
     survivors: first the anchors, then the ``min_tokens_per_frame`` least similar of each frame,
     then the least similar of all (lowest index on ties). Anchors of scene changes are added in
-    order as long as the budget holds them (``threshold`` still says what counts as matched). A
-    budget below one frame keeps the anchor tokens that absorbed most (lowest index on ties) and
-    fuses every other, with all it absorbed, into its most similar surviving one.
+    order as long as the budget holds them. A budget below one frame keeps the anchor tokens that
+    absorbed most (lowest index on ties) and fuses every other, with all it absorbed, into its most
+    similar surviving one: nothing is left of any other frame.
+
+    A higher threshold never removes more: neither anchors nor matches depend on it. Cosines are
+    rounded to multiples of 2⁻¹⁷, so that a tie is a tie on every device.
 
     Keep-ratio mode never synchronises with the host; threshold mode does once, and once more per
     round of re-anchoring.
@@ -70,25 +80,35 @@ class TTF(Budgeted):
     threshold: float = Field(0.7, ge=-1, description="cosine above which a token is fused")
     window: int = Field(3, ge=1, description="side of the search window in tokens, odd")
     anchor: Literal["auto", "first"] | Annotated[int, Field(ge=0, strict=True)] = Field(
-        "first", description="anchor frame: the first, auto for the medoid, or an index"
+        "auto",
+        description="anchor frame: auto for the one nearest to the mean of all, the first, or an "
+        "index",
     )
     reference: Literal["anchor", "previous"] = Field(
         "anchor", description="frame that each frame is matched against"
     )
     reduce: Reduce = Field(
-        "mean",
-        description="mean: a survivor is the mean of all it absorbed; keep: it stays as it was",
+        "keep",
+        description="keep: a survivor stays as it was; mean: it is the mean of all it absorbed",
+    )
+    order: Literal["anchor_first", "time"] = Field(
+        "anchor_first",
+        description="anchor_first: an anchor frame stands in the prompt before all that it "
+        "absorbed from; time: frames stay in their order",
     )
     segments: Literal["auto", "single"] = Field(
-        "auto", description="auto: new anchors after scene changes; single: one anchor"
+        "single", description="single: one anchor; auto: new anchors after scene changes"
     )
     reanchor: float = Field(
-        0.1, ge=0, le=1, description="matched share of a frame below which it needs a new anchor"
+        0.5,
+        ge=0,
+        le=1,
+        description="average similarity of a frame to its anchor below which it needs a new one",
     )
     guard: Literal["none", "motion"] = Field(
-        "motion",
-        description="motion: a match at another place counts only where the places around it moved "
-        "alike; none: as published",
+        "none",
+        description="none: as published; motion: a match at another place counts only where the "
+        "places around it moved alike",
     )
     min_tokens_per_frame: int = Field(
         0, ge=0, description="least similar tokens of each frame that always stay"
@@ -160,7 +180,9 @@ class _Matches:
                 break
             self._reanchor(segment)
             rounds -= 1
-        return FusionPlan.from_roots(true_indices(kept, count), self._roots(kept))
+        if count == kept.shape[0]:
+            return FusionPlan.identity(count, kept.device)
+        return self._plan(true_indices(kept, count), self._roots(kept))
 
     def plan_by_budget(self, count: int) -> FusionPlan:
         if count < self.places:
@@ -177,21 +199,45 @@ class _Matches:
         key = torch.where(self._is_anchor[:, None], -16.0, key).flatten()
         survivors = torch.argsort(key, stable=True)[:count].sort().values
         kept = torch.zeros_like(key, dtype=torch.bool).index_fill(0, survivors, True)
-        return FusionPlan.from_roots(survivors, self._roots(kept))
+        return self._plan(survivors, self._roots(kept))
+
+    def _plan(self, survivors: Tensor, roots: Tensor) -> FusionPlan:
+        return replace(FusionPlan.from_roots(survivors, roots), frame_order=self._frame_order())
+
+    def _frame_order(self) -> Tensor | None:
+        """The order of frames in which each anchor stands before all that it explains, ``(T,)``.
+
+        None where it does so in time.
+        """
+        config = self.config
+        alone = config.anchor == 0 and config.segments == "single"
+        if config.order == "time" or self.chained or config.anchor == "first" or alone:
+            return None
+        first = self.index.scatter_reduce(0, self.anchor_of, self.index, "amin")
+        return torch.where(self._is_anchor, 2 * first - 1, 2 * self.index).argsort()
 
     @property
     def _is_anchor(self) -> Tensor:
         return self.anchor_of == self.index
 
     @cached_property
-    def _closeness(self) -> Tensor:
-        """How alike every two frames' mean vectors are, ``(T, T)`` long, symmetric.
+    def _means(self) -> Tensor:
+        """The mean vector of each frame, ``(T, D)`` fp32."""
+        return self.frames.flatten(1, 2).mean(1, dtype=torch.float32)
 
-        Whole numbers, because their sums tie where the frames do, whatever order they are added in.
+    def _distance(self, group: Tensor) -> Tensor:
+        """How far each frame's mean is from the mean of its group's means, ``(T,)``.
+
+        ``group (T,)``: a number in 0..T for each frame. The distance is that of the directions, in
+        steps of 2⁻¹⁸, some ten times what fp32 gets wrong: equal ones are equal, whatever order
+        sums were taken in. Cosines near 1 would not tell the frames of a still video apart.
         """
-        means = self.frames.flatten(1, 2).mean(1, dtype=torch.float32)
-        cosines = cosine(means[None], means[None])[0]
-        return ((cosines + cosines.T) / STEP).long()
+        member = group[None] == torch.arange(len(group) + 1, device=group.device)[:, None]
+        means, blank = unit(self._means)
+        weight = (member & ~blank).to(means.dtype)
+        centre, _ = unit(weight @ self._means)
+        distance = (means - centre[group]).square().sum(-1).sqrt()
+        return (distance.masked_fill(blank, 4) * 2.0**18).round()
 
     def _first_anchor(self) -> Tensor:
         """The anchor of all frames to begin with, ``(1,)``."""
@@ -199,7 +245,7 @@ class _Matches:
         if anchor == "first" or self.chained:
             return self.index[:1]
         if anchor == "auto":
-            return self._closeness.sum(-1).argmax(-1, keepdim=True)
+            return self._distance(torch.zeros_like(self.index)).argmin(-1, keepdim=True)
         if anchor >= frames:
             raise ConfigError(
                 f"anchor: {anchor} is not a frame of a video of {frames} temporal patches; "
@@ -211,8 +257,10 @@ class _Matches:
         """Compare the frames with ``reference``, one frame for all or one for each."""
         similarity, place, own = window_match(self.frames, reference, self.config.window)
         if self.config.guard == "motion":
-            alike = moved_alike(place)
             here = torch.arange(self.places, device=place.device).view_as(place[0])
+            # What repeats its own place as well as any other has not moved.
+            place = torch.where(own == similarity, here, place)
+            alike = moved_alike(place)
             similarity = torch.where(alike, similarity, own)
             place = torch.where(alike, place, here)
         self.similarity = similarity.flatten(1)
@@ -223,8 +271,8 @@ class _Matches:
 
         There are no more than make ``most`` anchors in all.
         """
-        matched = (self.similarity > self.config.threshold).sum(-1)
-        lost = (matched < self.config.reanchor * self.places) & ~self._is_anchor
+        explained = self.similarity.clamp_min(0).mean(-1)
+        lost = (explained < self.config.reanchor) & ~self._is_anchor
         begins = lost
         if not self.chained:
             begins = lost & ~torch.cat([lost.new_zeros(1), lost[:-1]])
@@ -240,11 +288,9 @@ class _Matches:
             self.anchor_of = torch.where(begins, self.index, 0).cummax(0).values
             return
         same = segment[:, None] == segment[None, :]
-        # The first of equals is the anchor: the first frame, if the score is the same for all.
-        score = torch.zeros_like(segment)
-        if self.config.anchor != "first":
-            score = torch.where(same, self._closeness, 0).sum(-1)
-        anchor = torch.where(same, score, torch.iinfo(torch.long).min).argmax(-1)
+        # The first of equals is the anchor: the first frame, if the distance is none for all.
+        distance = self._distance(segment) if self.config.anchor != "first" else segment * 0.0
+        anchor = torch.where(same, distance, torch.inf).argmin(-1)
         self.anchor_of = torch.where(segment > 0, anchor, self.anchor_of)
         self._match(self.anchor_of)
 
@@ -281,4 +327,4 @@ class _Matches:
         frame = self.frames.index_select(0, self.anchor_of[:1]).flatten(1, 2)
         heir = chosen[cosine(frame, frame[:, chosen])[0].argmax(-1)]
         heir = heir.scatter(0, chosen, chosen)
-        return FusionPlan.from_roots(chosen + first, heir[place] + first)
+        return self._plan(chosen + first, heir[place] + first)
