@@ -113,8 +113,13 @@ def test_context_goes_to_every_fourth_run_from_the_end_and_salience_to_all():
     # One segment of ten runs; the budget of 40 gives 16 anchors to runs 1, 5 and 9.
     config = FastVID(segments=1, threshold=0)
     share = config._share([0.9] * 9, 40, 64)
-    assert share.anchors == [0, 6, 0, 0, 0, 5, 0, 0, 0, 5]
+    assert share.anchors == [0, 5, 0, 0, 0, 5, 0, 0, 0, 6]
     assert share.salient == [3, 3, 3, 3, 2, 2, 2, 2, 2, 2]
+
+
+def test_the_latest_run_gets_what_cannot_be_shared_evenly():
+    config = FastVID(segments=1, threshold=0, context=1, anchor_every=1)
+    assert config._share([0.9] * 4, 6, 64).anchors == [1, 1, 1, 1, 2]
 
 
 def test_what_one_segment_cannot_carry_goes_to_the_others():

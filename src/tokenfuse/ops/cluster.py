@@ -30,14 +30,22 @@ WORST = torch.finfo(torch.float32).min
 
 
 def density_peaks(
-    points: Float[Tensor, "F n D"], valid: Bool[Tensor, "F n"], neighbours: int
+    points: Float[Tensor, "F n D"],
+    valid: Bool[Tensor, "F n"],
+    neighbours: int,
+    most: Int[Tensor, " F"] | None = None,
 ) -> Float[Tensor, "F n"]:
     """How good a centre each point would be among the valid ones of its row, fp32, a logarithm.
 
-    A row with fewer than ``neighbours`` valid points has as many neighbours as points. Points that
-    are not valid get -inf. Never synchronises with the host; looks at CHUNK distances at a time.
+    ``neighbours``: how many tell the density; ``most``: more than that in no row. A row with fewer
+    valid points has as many neighbours as points. Points that are not valid get -inf. Never
+    synchronises with the host; looks at CHUNK distances at a time.
     """
-    return torch.cat([_scores(*part, neighbours) for part in _parts(points, valid)])
+    among = valid.sum(-1).clamp_max(neighbours)
+    if most is not None:
+        among = torch.minimum(among, most)
+    parts = zip(_parts(points, valid), among.split(_batch(points)), strict=True)
+    return torch.cat([_scores(*part, neighbours, near) for part, near in parts])
 
 
 def nearest_centre(
@@ -57,10 +65,19 @@ def nearest_centre(
 
 
 def _parts(points: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows of the batch at a time, in fp32."""
-    size = max(1, CHUNK // points.shape[1] ** 2)
+    """Some rows of the batch at a time, in fp32, around the mean of what the mask marks in each.
+
+    What the points of a row have in common would only make the rounding of distances coarser.
+    """
+    size = _batch(points)
     for x, part in zip(points.split(size), mask.split(size), strict=True):
-        yield x.to(torch.float32).clamp(-LARGE, LARGE), part
+        wide = x.to(torch.float32).clamp(-LARGE, LARGE)
+        sound = torch.where(part[..., None], wide, 0)
+        yield wide - sound.sum(1, keepdim=True) / part.sum(-1).clamp_min(1)[:, None, None], part
+
+
+def _batch(points: Tensor) -> int:
+    return max(1, CHUNK // points.shape[1] ** 2)
 
 
 def _rows(x: Tensor) -> Iterator[slice]:
@@ -74,8 +91,8 @@ def _rows(x: Tensor) -> Iterator[slice]:
 def _squared(x: Tensor, y: Tensor) -> Tensor:
     """Mean squared difference of each point of ``x`` and each of ``y``, ``(F, n, m)``.
 
-    Rounded to steps of its own rounding error, so that equal points are at distance 0 and ties are
-    ties whatever order the products are summed in.
+    Rounded to steps of its own rounding error, 2⁻¹⁷ of how far the two points are from 0, so that
+    equal points are at distance 0 and ties are ties whatever order the products are summed in.
     """
     both = x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None, :]
     exponent = torch.frexp(both).exponent.clamp_min(-100)
@@ -84,7 +101,7 @@ def _squared(x: Tensor, y: Tensor) -> Tensor:
     return torch.ldexp(rounded, exponent)
 
 
-def _scores(x: Tensor, valid: Tensor, neighbours: int) -> Tensor:
+def _scores(x: Tensor, valid: Tensor, neighbours: int, among: Tensor) -> Tensor:
     rows = list(_rows(x))
     n = x.shape[1]
     # Twice the products, where they do not fit at once, instead of all the memory.
@@ -96,12 +113,12 @@ def _scores(x: Tensor, valid: Tensor, neighbours: int) -> Tensor:
             yield part, _squared(x[:, part], x) if held is None else held[i]
 
     density, furthest = [], []
-    among = torch.minimum(valid.sum(-1), valid.new_tensor(neighbours, dtype=torch.long))
     among = among.clamp_min(1)[:, None]
+    rank = torch.arange(min(neighbours, n), device=x.device)
     for part, squared in distances():
         near = squared.masked_fill(~valid[:, None, :], torch.inf)
-        near = near.topk(min(neighbours, n), largest=False).values.sort(-1).values
-        near = near.masked_fill(near.isinf(), 0)
+        near = near.topk(len(rank), largest=False).values.sort(-1).values
+        near = near.masked_fill(near.isinf() | (rank >= among[..., None]), 0)
         density.append(-near.sum(-1) / among)
         pairs = valid[:, part, None] & valid[:, None, :]
         furthest.append(squared.masked_fill(~pairs, 0).amax((-2, -1)))

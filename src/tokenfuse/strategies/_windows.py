@@ -77,6 +77,7 @@ class Windows:
         count: int,
         salient: Bool[Tensor, "T P"] | None = None,
         contextual: list[int] | None = None,
+        few_neighbours: bool = False,
     ) -> FusionPlan:
         """The plan with ``quotas`` survivors of each group, ``count`` in all.
 
@@ -85,6 +86,9 @@ class Windows:
         default its whole quota). A group, or rest of one, with no cluster is dropped. A token of
         still places has its centre's place in the first frame of the window.
 
+        ``few_neighbours``: in a group of fewer clusters than ``neighbours`` as many neighbours as
+        clusters tell how dense a token's surroundings are.
+
         If ``count`` is more than the quotas' sum, still tokens leave the temporal mean of their
         place to stand for themselves, those least like the mean first (lowest index on ties).
         """
@@ -92,7 +96,7 @@ class Windows:
         index = torch.arange(t * places, device=frames.device).view(t, places)
         clusters = quotas[len(self.spans) :] if contextual is None else contextual
         pool = self.moving if salient is None else self.moving & ~salient
-        kept, home = cluster_rows(frames, pool, clusters, neighbours)
+        kept, home = cluster_rows(frames, pool, clusters, neighbours, few_neighbours)
         root = torch.where(home < 0, DROPPED, home + index[:, :1])
         if salient is not None:
             kept = kept | salient
@@ -109,7 +113,9 @@ class Windows:
             inside, first = slice(span.start, span.stop), span.start * places
             mean = frames[inside].mean(0, dtype=torch.float32)
             if quota < number:
-                centres, places_of = cluster_rows(mean[None], still[None], [quota], neighbours)
+                centres, places_of = cluster_rows(
+                    mean[None], still[None], [quota], neighbours, few_neighbours
+                )
                 centres, places_of = centres[0], places_of[0]
             else:
                 centres, places_of = still, index[0]
@@ -130,11 +136,13 @@ def cluster_rows(
     valid: Bool[Tensor, "F n"],
     counts: list[int],
     neighbours: int,
+    few_neighbours: bool = False,
 ) -> tuple[Bool[Tensor, "F n"], Int[Tensor, "F n"]]:
     """``counts[i]`` density-peak centres of the valid points of row ``i``.
 
     Returns which points are centres, and the index in its row of the centre that each point belongs
-    to: -1 for a point that is not valid, or in a row of count 0.
+    to: -1 for a point that is not valid, or in a row of count 0. ``few_neighbours``: a row of fewer
+    centres than ``neighbours`` has as many neighbours as centres.
     """
     centres = torch.zeros_like(valid)
     home = torch.full(valid.shape, DROPPED, dtype=torch.long, device=points.device)
@@ -144,6 +152,7 @@ def cluster_rows(
     some = torch.tensor(rows, device=points.device)
     chosen = torch.tensor([counts[i] for i in rows], device=points.device)
     x, mask = (points, valid) if len(rows) == len(counts) else (points[some], valid[some])
-    best = top_per_row(density_peaks(x, mask, neighbours), chosen)
-    near = torch.where(mask, nearest_centre(x, best), DROPPED)
-    return centres.index_copy(0, some, best), home.index_copy(0, some, near)
+    most = chosen if few_neighbours else None
+    best = top_per_row(density_peaks(x, mask, neighbours, most), chosen)
+    own = torch.where(mask, nearest_centre(x, best), DROPPED)
+    return centres.index_copy(0, some, best), home.index_copy(0, some, own)

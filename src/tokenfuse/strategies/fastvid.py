@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenfuse.ops.select import top_per_row, true_indices
-from tokenfuse.ops.similarity import nearest, rowwise
+from tokenfuse.ops.similarity import nearest, turned
 from tokenfuse.plan import DROPPED, FusionPlan
 from tokenfuse.strategies._base import Attending, Need, Query
 from tokenfuse.strategies._fields import KeepRatio
@@ -31,10 +31,11 @@ class FastVID(Attending):
     its share of the frames. A segment is cut into runs where the similarity is below ``alike``, and
     only the last frame of a run carries budget. Of the budget the share ``context`` (one token at
     least) is for anchors, in every ``anchor_every``-th run from the segment's end, at most half of
-    a frame; the rest is for the tokens that the frame's mean query attends to most, evenly over the
-    runs. Anchors are density peaks among the others of their frame. Each further token of the
-    segment joins the most similar anchor. An anchor becomes w · itself + (1 - w) · the mean of what
-    joined it, w = max(1 / (1 + how many joined), ``beta``); attended tokens stay as they are.
+    a frame, the odd ones in the latest; the rest is for the tokens that the frame's mean query
+    attends to most, evenly over the runs. Anchors are density peaks among the others of their
+    frame. Each further token of the segment joins the most similar anchor. An anchor becomes w ·
+    itself + (1 - w) · the mean of what joined it, w = max(1 / (1 + how many joined), ``beta``);
+    attended tokens stay as they are.
 
     What differs from the published code: the budget is exact, where it truncates per frame and
     loses what exceeds a frame. Segments get whole tokens by the largest remainders, the earliest on
@@ -77,7 +78,7 @@ class FastVID(Attending):
         t, places = frames.shape[:2]
         means = frames.mean(1, dtype=torch.float32)
         # The one host synchronisation.
-        similar = rowwise(means[:-1], means[1:]).tolist()
+        similar = [1 - step**2 / 2 for step in turned(means[:-1], means[1:]).tolist()]
         share = self._share(similar, count, places)
 
         saliency = tokens.needed("saliency").to(torch.float32).view(t, places)
@@ -125,7 +126,8 @@ class FastVID(Attending):
             most = places if len(span) == 1 else places // 2
             number = max(1, int(budget * self.context + 1e-9))
             number = min(number, budget, most * len(frames))
-            for i, n in zip(frames, share_out(number, [1] * len(frames), most), strict=True):
+            # From the last on, which thereby gets what cannot be shared evenly.
+            for i, n in zip(frames[::-1], share_out(number, [1] * len(frames), most), strict=True):
                 anchors[i] = n
             room = [places - anchors[i] for i in carriers]
             numbers = share_out(budget - number, [1] * len(carriers), room)

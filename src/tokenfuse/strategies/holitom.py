@@ -55,11 +55,12 @@ class HoliTom(Attending):
     A place stands still from one frame to the next if the cosine of its two tokens exceeds
     ``threshold``. The video is cut into the windows that save the most tokens if each place that
     stands still all through a window becomes one token there (dynamic programming over all cuts;
-    among equals no window, then the longest). Then each window's still tokens, as temporal means,
+    among equals no window, then the shortest). Then each window's still tokens, as temporal means,
     and each frame's moving ones are thinned out by one ratio. Moving tokens are ranked by the
     attention they get in the vision tower, and the least of them dropped. A share ``contextual`` of
     a frame's tokens is chosen by density-peaks clustering of the less attended ones instead, and
-    all still tokens are. A cluster is ``beta`` · its centre + (1 − ``beta``) · the mean of its
+    all still tokens are; of its neighbours no more tell a token's density than clusters are asked
+    for. A cluster is ``beta`` · its centre + (1 − ``beta``) · the mean of its
     other tokens, where a still token counts as its temporal mean.
 
     What differs from the published code: the budget is exact, where it rounds per frame and spends
@@ -115,7 +116,9 @@ class HoliTom(Attending):
             torch.tensor(dominant, device=frames.device),
         )
         contextual = [k - d for k, d in zip(of_frames, dominant, strict=True)]
-        plan = windows.plan(frames, quotas, self.neighbours, count, salient, contextual)
+        plan = windows.plan(
+            frames, quotas, self.neighbours, count, salient, contextual, few_neighbours=True
+        )
         own = plan.survivors[plan.target.clamp_min(0)] % places
         core = own == torch.arange(t * places, device=own.device) % places
         return CentredPlan(plan.survivors, plan.target, core)
@@ -152,7 +155,8 @@ def best_windows(numbers: list[list[int]]) -> list[range]:
     begin: list[int] = []
     for e in range(len(numbers)):
         best, at = (saved[e - 1] if e else 0), e
-        for s in range(e):
+        # From the shortest on, of which the first of equals stays.
+        for s in reversed(range(e)):
             value = (saved[s - 1] if s else 0) + numbers[s][e] * (e - s)
             if value > best:
                 best, at = value, s

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import ClassVar
 
 import torch
@@ -28,8 +28,9 @@ class PruneVid(Budgeted):
     attention inside the LLM is not here.
 
     Density-peaks clustering of the frames' mean vectors, into ``scenes`` · T clusters, cuts the
-    video into scenes: the longest runs of each cluster are scenes, and any other run joins the
-    longer of its neighbours, the left one on ties. A place stands still in a scene of several
+    video into scenes. The longest runs of each cluster stay, if they have two frames or more; all
+    other frames between two of them join the longer one, the left one on ties. Neighbours of one
+    cluster are one scene. A place stands still in a scene of several
     frames if the mean cosine of its tokens with one another exceeds ``threshold``; it becomes one
     token, their mean. The still tokens of a scene and the moving ones of each frame are then
     clustered, each group of more than SMALL tokens into ``clusters`` of its number. A cluster is
@@ -90,22 +91,29 @@ class PruneVid(Budgeted):
 def scene_runs(labels: list[int]) -> list[range]:
     """The scenes of frames with these labels, in order.
 
-    Runs are looked at from the left. One that is not the longest of its label joins the longer of
-    its neighbours, as they have become by then.
+    Of each label the longest runs of two frames or more stay, as many as are equally long. Every
+    block of other frames joins the longer of the runs beside it, the left one on ties; where no
+    run stays all is one scene. Neighbours of one label are one scene.
     """
     found = [(label, len(list(run))) for label, run in groupby(labels)]
     longest = {label: max(n for other, n in found if other == label) for label, _ in found}
-    lengths = [n for _, n in found]
-    done: list[int] = []
-    for i, (label, own) in enumerate(found):
-        if own == longest[label]:
-            done.append(lengths[i])
-        elif done and (i + 1 == len(found) or done[-1] >= lengths[i + 1]):
-            done[-1] += lengths[i]
-        else:
-            lengths[i + 1] += lengths[i]
-    starts = [sum(done[:i]) for i in range(len(done))]
-    return [range(start, start + n) for start, n in zip(starts, done, strict=True)]
+    # Label and length of what stays, None as the label of what is to join it.
+    stays = [(label if n == longest[label] > 1 else None, n) for label, n in found]
+    blocks = [
+        (label, sum(n for _, n in run)) for label, run in groupby(stays, lambda part: part[0])
+    ]
+    joined = []
+    for i, (label, n) in enumerate(blocks):
+        beside = [
+            (kept, length) for kept, length in blocks[max(0, i - 1) : i + 2] if kept is not None
+        ]
+        if label is None and beside:
+            # max returns the first of equals.
+            label = max(beside, key=lambda run: run[1])[0]
+        joined.append((label, n))
+    lengths = [sum(n for _, n in run) for _, run in groupby(joined, lambda part: part[0])]
+    starts = accumulate(lengths, initial=0)
+    return [range(start, start + n) for start, n in zip(starts, lengths, strict=False)]
 
 
 def steadiness(frames: Float[Tensor, "W P D"]) -> Float[Tensor, " P"]:

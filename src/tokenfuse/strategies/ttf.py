@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenfuse.errors import ConfigError
 from tokenfuse.ops.select import true_indices
-from tokenfuse.ops.similarity import cosine, on_host, unit
+from tokenfuse.ops.similarity import cosine, on_host, turned, unit
 from tokenfuse.ops.window import moved_alike, window_match
 from tokenfuse.plan import FusionPlan, Reduce
 from tokenfuse.strategies._base import Budgeted, Need
@@ -226,18 +226,14 @@ class _Matches:
         return self.frames.flatten(1, 2).mean(1, dtype=torch.float32)
 
     def _distance(self, group: Tensor) -> Tensor:
-        """How far each frame's mean is from the mean of its group's means, ``(T,)``.
+        """How far each frame's mean is from the mean of its group's means, by ``turned``, ``(T,)``.
 
-        ``group (T,)``: a number in 0..T for each frame. The distance is that of the directions, in
-        steps of 2⁻¹⁸, some ten times what fp32 gets wrong: equal ones are equal, whatever order
-        sums were taken in. Cosines near 1 would not tell the frames of a still video apart.
+        ``group (T,)``: a number in 0..T for each frame.
         """
         member = group[None] == torch.arange(len(group) + 1, device=group.device)[:, None]
-        means, blank = unit(self._means)
-        weight = (member & ~blank).to(means.dtype)
-        centre, _ = unit(weight @ self._means)
-        distance = (means - centre[group]).square().sum(-1).sqrt()
-        return (distance.masked_fill(blank, 4) * 2.0**18).round()
+        sound = self._means.masked_fill(unit(self._means)[1][:, None], 0)
+        centre = member.to(sound.dtype) @ sound
+        return turned(self._means, centre[group])
 
     def _first_anchor(self) -> Tensor:
         """The anchor of all frames to begin with, ``(1,)``."""

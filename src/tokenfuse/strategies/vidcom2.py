@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenfuse.ops.select import top_per_row
-from tokenfuse.ops.similarity import to_steps
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.strategies._fields import KeepRatio
@@ -18,6 +17,8 @@ from tokenfuse.tokens import Grid, VisualTokens
 
 WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 """Variances of the Gaussians whose sum says how close a token is to a centre."""
+BITS = 17
+"""Of a score; fp32 gets some more of them right."""
 
 
 class VidCom2(Budgeted):
@@ -37,7 +38,7 @@ class VidCom2(Budgeted):
     budget holds one for each; a smaller budget holds the least common of these.
 
     The published code scores in the features' dtype, in which bf16 leaves few different values.
-    Here scores are fp32, and the lowest index wins on ties.
+    Here scores are fp32, of 17 significant bits, and the lowest index wins on ties.
 
     Never synchronises with the host.
     """
@@ -58,16 +59,17 @@ class VidCom2(Budgeted):
         x = tokens.frames.flatten(1, 2).to(torch.float32)
         x = x[..., self._steadiest(x)]
         x = torch.nn.functional.normalize(x, dim=-1)
-        in_video = _closeness(x, x.mean((0, 1), keepdim=True))
-        common = in_video + _closeness(x, x.mean(1, keepdim=True))
+        in_video = _strangeness(x, x.mean((0, 1), keepdim=True))
+        strange = _in_bits(in_video + _strangeness(x, x.mean(1, keepdim=True)))
 
         counts = (self._scales(in_video) * x.shape[1]).round().long().clamp_min(1)
-        kept = top_per_row(-common, counts)
-        floor = top_per_row(-common, torch.ones_like(counts))
-        # Each frame's least common token first, then what the frames' shares hold, then the rest:
-        # exact, since closeness is a multiple of STEP below 16.
-        key = common + 16 * (2 - kept.long() - floor.long())
-        survivors = torch.argsort(key.flatten(), stable=True)[:count].sort().values
+        kept = top_per_row(strange, counts)
+        floor = top_per_row(strange, torch.ones_like(counts))
+        # Each frame's strangest token first, then what the frames' shares hold, then the rest.
+        order = torch.argsort(strange.flatten(), descending=True, stable=True)
+        rank = (kept.long() + floor.long()).flatten()[order]
+        order = order[torch.argsort(rank, descending=True, stable=True)]
+        survivors = order[:count].sort().values
         return FusionPlan.from_survivors(survivors, tokens.num_tokens)
 
     def matching_flops(self, grid: Grid, width: int) -> int:
@@ -85,12 +87,22 @@ class VidCom2(Budgeted):
 
     def _scales(self, in_video: Float[Tensor, "T P"]) -> Float[Tensor, " T"]:
         """The share of each frame's tokens that its uniqueness entitles it to."""
-        p = torch.softmax(-in_video.mean(-1) / self.temperature, dim=0)
+        p = torch.softmax(in_video.mean(-1) / self.temperature, dim=0)
         return (self.keep_ratio * (1 + p - p.mean())).clamp_max(1)
 
 
-def _closeness(x: Float[Tensor, "T P C"], centre: Float[Tensor, "#T 1 C"]) -> Float[Tensor, "T P"]:
-    """A sum of Gaussians of the distance to ``centre``, rounded to multiples of STEP."""
+def _strangeness(
+    x: Float[Tensor, "T P C"], centre: Float[Tensor, "#T 1 C"]
+) -> Float[Tensor, "T P"]:
+    """What a sum of Gaussians of the distance to ``centre`` lacks to its greatest value.
+
+    Small numbers keep their digits, where a sum near 5 has lost those that tell alike tokens apart.
+    """
     distance = (x - centre).square().sum(-1)
-    close = torch.stack([torch.exp(distance / (-2 * width)) for width in WIDTHS])
-    return to_steps(close.sum(0))
+    return torch.stack([-torch.expm1(distance / (-2 * width)) for width in WIDTHS]).sum(0)
+
+
+def _in_bits(x: Float[Tensor, "T P"]) -> Float[Tensor, "T P"]:
+    """``x`` rounded to BITS bits of its own, so that a tie is a tie on every device."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2.0**BITS).round(), exponent - BITS)
