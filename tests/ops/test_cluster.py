@@ -136,3 +136,53 @@ def test_the_dtype_of_features_that_it_holds_does_not_matter(case):
     half = x.bfloat16()
     wide = density_peaks(half.float(), valid, neighbours)
     assert torch.equal(density_peaks(half, valid, neighbours), wide)
+
+
+# --- rounding is never coarser than the signal --------------------------------------------------
+
+
+def groups(points, count, neighbours):
+    x = points[None]
+    valid = torch.ones(1, len(points), dtype=torch.bool)
+    best = top_per_row(density_peaks(x, valid, neighbours), torch.tensor([count]))
+    return nearest_centre(x, best)[0]
+
+
+def test_points_far_from_zero_are_told_apart():
+    x = 1000 + torch.tensor([0, 0.1, 0.2, 1, 1.1, 1.2, 2, 2.1, 2.2])[:, None]
+    home = groups(x, 3, 3)
+    assert [home[i : i + 3].unique().numel() for i in (0, 3, 6)] == [1, 1, 1]
+    assert home.unique().numel() == 3
+
+
+def exact_groups(points, count, neighbours):
+    """Density peaks in fp64, one point at a time."""
+    d = (points[:, None] - points[None]).square().mean(-1)
+    density = -d.sort(-1).values[:, :neighbours].mean(-1)
+    scores = []
+    for i in range(len(points)):
+        denser = [
+            j
+            for j in range(len(points))
+            if density[j] > density[i] or (density[j] == density[i] and j < i)
+        ]
+        gap = min((d[i, j] for j in denser), default=d.max())
+        scores.append(0.5 * gap.log() + density[i])
+    centres = torch.stack(scores).argsort(descending=True, stable=True)[:count].sort().values
+    home = centres[d[:, centres].argmin(-1)]
+    return home.scatter(0, centres, centres)
+
+
+@pytest.mark.parametrize("alike", [0.9992, 0.9999, 0.99999, 0.999999])
+def test_frames_of_a_still_video_that_drifts_are_grouped_as_in_double_precision(alike):
+    agree = 0
+    for seed in range(40):
+        rng = torch.Generator().manual_seed(seed)
+        step = (2 * (1 - alike)) ** 0.5
+        x = [torch.randn(256, generator=rng).double()]
+        for _ in range(15):
+            x.append(x[-1] + step * torch.randn(256, generator=rng).double())
+        # fp32 as strategies get it; the exact groups are those of the same numbers.
+        frames = torch.stack(x).float()
+        agree += torch.equal(groups(frames, 4, 7), exact_groups(frames.double(), 4, 7))
+    assert agree == 40

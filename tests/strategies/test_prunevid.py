@@ -60,6 +60,7 @@ def same_group(windows, places):
         ("aabaabb", [5, 2]),  # neighbours of one label are one scene
         ("ccabaa", [4, 2]),  # ab joins cc, the left one on ties
         ("bccaab", [3, 3]),
+        ("cacccabbbb", [6, 4]),  # ccc has become ca ccc when a looks for the longer one
     ],
 )
 def test_what_is_no_longest_run_joins_the_longer_neighbour(labels, lengths):
@@ -75,23 +76,29 @@ def scenes_by_the_rule(labels):
         else:
             runs.append((label, [frame]))
     kept = [
-        run
-        for run in runs
-        if len(run[1]) >= 2
-        and len(run[1]) == max(len(frames) for label, frames in runs if label == run[0])
+        len(run) >= 2 and len(run) == max(len(r) for other, r in runs if other == label)
+        for label, run in runs
     ]
-    of = dict.fromkeys(range(len(labels)))
-    for label, frames in kept:
-        of.update(dict.fromkeys(frames, (label, len(frames))))
-    final = []
-    for frame in range(len(labels)):
-        left = next((of[f] for f in range(frame, -1, -1) if of[f]), None)
-        right = next((of[f] for f in range(frame, len(labels)) if of[f]), None)
-        beside = [run for run in (left, right) if run is not None]
-        longest = max((n for _, n in beside), default=0)
-        final.append(next((label for label, n in beside if n == longest), 0))
-    if not kept:
-        final = [0] * len(labels)
+    final = [None] * len(labels)
+    for (label, run), stays in zip(runs, kept, strict=True):
+        for frame in run if stays else []:
+            final[frame] = label
+    frame = 0
+    while frame < len(labels):
+        if final[frame] is not None:
+            frame += 1
+            continue
+        stop = frame
+        while stop < len(labels) and final[stop] is None:
+            stop += 1
+        left = right = 0
+        while frame - left > 0 and final[frame - left - 1] == final[frame - 1]:
+            left += 1
+        while stop + right < len(labels) and final[stop + right] == final[stop]:
+            right += 1
+        beside = final[frame - 1] if left and left >= right else final[stop] if right else 0
+        final[frame:stop] = [beside] * (stop - frame)
+        frame = stop
     return [len(list(run)) for _, run in groupby(final)]
 
 

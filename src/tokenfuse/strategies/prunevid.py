@@ -28,9 +28,9 @@ class PruneVid(Budgeted):
     attention inside the LLM is not here.
 
     Density-peaks clustering of the frames' mean vectors, into ``scenes`` · T clusters, cuts the
-    video into scenes. The longest runs of each cluster stay, if they have two frames or more; all
-    other frames between two of them join the longer one, the left one on ties. Neighbours of one
-    cluster are one scene. A place stands still in a scene of several
+    video into scenes. The longest runs of each cluster stay, if they have two frames or more; from
+    the left on, all other frames between two of them join the longer one, the left one on ties.
+    Neighbours of one cluster are one scene. A place stands still in a scene of several
     frames if the mean cosine of its tokens with one another exceeds ``threshold``; it becomes one
     token, their mean. The still tokens of a scene and the moving ones of each frame are then
     clustered, each group of more than SMALL tokens into ``clusters`` of its number. A cluster is
@@ -91,9 +91,10 @@ class PruneVid(Budgeted):
 def scene_runs(labels: list[int]) -> list[range]:
     """The scenes of frames with these labels, in order.
 
-    Of each label the longest runs of two frames or more stay, as many as are equally long. Every
-    block of other frames joins the longer of the runs beside it, the left one on ties; where no
-    run stays all is one scene. Neighbours of one label are one scene.
+    Of each label the longest runs of two frames or more stay, as many as are equally long. From the
+    left on, every block of other frames joins the longer of the runs beside it, the left one on
+    ties, which by then has what it was joined by; where no run stays all is one scene. Neighbours
+    of one label are one scene.
     """
     found = [(label, len(list(run))) for label, run in groupby(labels)]
     longest = {label: max(n for other, n in found if other == label) for label, _ in found}
@@ -102,18 +103,17 @@ def scene_runs(labels: list[int]) -> list[range]:
     blocks = [
         (label, sum(n for _, n in run)) for label, run in groupby(stays, lambda part: part[0])
     ]
-    joined = []
-    for i, (label, n) in enumerate(blocks):
-        beside = [
-            (kept, length) for kept, length in blocks[max(0, i - 1) : i + 2] if kept is not None
-        ]
-        if label is None and beside:
-            # max returns the first of equals.
-            label = max(beside, key=lambda run: run[1])[0]
-        joined.append((label, n))
-    lengths = [sum(n for _, n in run) for _, run in groupby(joined, lambda part: part[0])]
-    starts = accumulate(lengths, initial=0)
-    return [range(start, start + n) for start, n in zip(starts, lengths, strict=False)]
+    scenes: list[tuple[int | None, int]] = []
+    for (label, n), (right, after) in zip(blocks, [*blocks[1:], (None, 0)], strict=True):
+        left, before = scenes[-1] if scenes else (None, 0)
+        if label is None:
+            label = left if before >= after else right
+        if scenes and label == left:
+            scenes[-1] = (left, before + n)
+        else:
+            scenes.append((label, n))
+    starts = accumulate((n for _, n in scenes), initial=0)
+    return [range(start, start + n) for start, (_, n) in zip(starts, scenes, strict=False)]
 
 
 def steadiness(frames: Float[Tensor, "W P D"]) -> Float[Tensor, " P"]:
