@@ -19,12 +19,12 @@ from tokenfuse.micro.questions import SUBTLE
 from tokenfuse.micro.strata import STRATA, make_stratum_clip
 from tokenfuse.registry import default_registry
 
-PUBLISHED = {"strategy": "ttf", "anchor": "auto", "segments": "single", "guard": "none"}
+PUBLISHED = {"strategy": "ttf"}
 SETTINGS = {
     "ttf as published": PUBLISHED,
     "ttf as published, window 1": PUBLISHED | {"window": 1},
     "ttf as published, guard": PUBLISHED | {"guard": "motion"},
-    "ttf": {"strategy": "ttf"},
+    "ttf, first frame": {"strategy": "ttf", "anchor": "first", "segments": "auto"},
     "ttf, previous frame": {"strategy": "ttf", "reference": "previous"},
     "tome": {"strategy": "tome"},
     "evs": {"strategy": "evs"},

@@ -21,11 +21,11 @@ from tokenfuse.micro.motion import MOTIONS
 from tokenfuse.micro.strata import STRATA, make_stratum_clip
 from tokenfuse.registry import default_registry
 
-PUBLISHED = {"strategy": "ttf", "anchor": "auto", "segments": "single", "guard": "none"}
 SETTINGS = {
     "uncompressed": None,
-    "published-third": PUBLISHED | {"keep_ratio": 0.33},
-    "third": "ttf-third",
+    "published-third": "ttf-third",
+    "published-third-time": {"strategy": "ttf-third", "order": "time"},
+    "first": "ttf-first",
     "causal": "ttf-causal",
     "causal, half": {"strategy": "ttf", "reference": "previous", "keep_ratio": 0.5},
     "evs": {"strategy": "evs", "keep_ratio": 0.33},

@@ -31,10 +31,10 @@ SIZES = {
     "vanish": (8, 12, 16, 20),
 }
 UNITS = {"hue": "degrees", "drift": "pixels per patch"}
-PUBLISHED = {"strategy": "ttf", "anchor": "auto", "segments": "single", "guard": "none"}
 SETTINGS = {
-    "published-third": PUBLISHED | {"keep_ratio": 0.33},
-    "third": "ttf-third",
+    "published-third": "ttf-third",
+    "published-third-time": {"strategy": "ttf-third", "order": "time"},
+    "first": "ttf-first",
     "causal": "ttf-causal",
     "uniform": {"strategy": "uniform", "keep_ratio": 0.33},
 }

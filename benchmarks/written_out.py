@@ -25,10 +25,10 @@ from tokenfuse.micro.strata import make_stratum_clip
 from tokenfuse.registry import default_registry
 
 THIRD = {"keep_ratio": 0.33}
-PUBLISHED = {"strategy": "ttf", "anchor": "auto", "segments": "single", "guard": "none"}
 SETTINGS = {
-    "published-third": PUBLISHED | THIRD,
-    "third": {"strategy": "ttf"} | THIRD,
+    # Written out, every token stands in its place again, and frames in the order of time.
+    "published-third-time": {"strategy": "ttf", "order": "time"} | THIRD,
+    "first": {"strategy": "ttf", "anchor": "first", "segments": "auto"} | THIRD,
     "causal": {"strategy": "ttf", "reference": "previous"} | THIRD,
     "tome": {"strategy": "tome"} | THIRD,
 }

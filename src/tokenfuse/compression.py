@@ -429,6 +429,7 @@ def _items(part: Encoded, plans: Sequence[FusionPlan], strategy: Strategy | None
                 if strategy is None
                 else strategy.matching_flops(tokens.grid, tokens.features.shape[-1]),
                 reason=_why_whole(strategy, part.kind, tokens, plan),
+                hint=None if strategy is None else strategy.hint(tokens.grid),
             ),
         )
         for place, tokens, plan in zip(part.places, part.items, plans, strict=True)

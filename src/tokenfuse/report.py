@@ -15,7 +15,7 @@ class ItemReport(BaseModel):
     """One image or video: its grid ``(T, H, W)`` and its tokens, in all and per frame.
 
     ``matching_flops``: multiply-adds spent on comparing them. ``reason``: why it stays whole, if it
-    does.
+    does. ``hint``: what the strategy says of such a budget, if anything.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -27,6 +27,7 @@ class ItemReport(BaseModel):
     frame_tokens_after: list[int]
     matching_flops: int = 0
     reason: str | None = None
+    hint: str | None = None
 
     @property
     def frame_tokens_before(self) -> int:
@@ -114,6 +115,7 @@ class Report(BaseModel):
                 f"encoded again: {self.encoded_again} item(s) of earlier turns, since the inputs "
                 "do not say which pixels are theirs"
             )
+        lines += [f"hint: {hint}" for hint in dict.fromkeys(x.hint for x in self.items if x.hint)]
         if self.reason:
             lines.append(f"not compressed: {self.reason}")
         return "\n".join(lines)

@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from tokenfuse.bench.candidates import CONTROLS
 from tokenfuse.bench.markdown import NONE, table
 from tokenfuse.bench.micro import OWN_MODEL, Benchmark, Score, interval
+from tokenfuse.config import get_strategy
+from tokenfuse.micro.build import TOKENS_PER_FRAME
 from tokenfuse.micro.tasks import HELD_OUT_PATCHES
+from tokenfuse.registry import default_registry
 
 PAGE = """\
 # Strategies on the micro model
@@ -29,7 +32,7 @@ that two strategies differ by less chance than their intervals suggest. Uncompre
 Sorted by the last column.
 
 {overall}
-{kept}
+{kept}{hints}
 ## What changes
 
 How many answers equal the uncompressed model's, right or wrong; and in parentheses the mean
@@ -97,6 +100,7 @@ def page(result: Benchmark, picture: str, command: str) -> str:
         plain=_accuracy(plain),
         overall=over_ratios(_accuracy),
         kept=_departures(able),
+        hints=_hints(able),
         agreement=over_ratios(lambda score: f"{score.agreement:.0%} ({score.kl:.3f})"),
         margin=50 * (high - low),
         by_task=by_task.rstrip("\n") + "\n",
@@ -130,6 +134,17 @@ def _departures(able: Sequence[Score]) -> str:
     if far:
         return f"Kept another share than asked for: {', '.join(far)}.\n"
     return "All kept the share that was asked for, to a token per clip.\n"
+
+
+def _hints(able: Sequence[Score]) -> str:
+    """What the strategies themselves say of such budgets, for the shortest clips."""
+    registry, lines = default_registry(), []
+    for score in able:
+        if score.strategy in registry.strategies and score.keep_ratio is not None:
+            strategy = get_strategy(score.strategy, keep_ratio=score.keep_ratio)
+            if hint := strategy.hint((HELD_OUT_PATCHES[0], 1, TOKENS_PER_FRAME)):
+                lines.append(f"- `{score.strategy}` at {score.keep_ratio:g}: {hint}.\n")
+    return f"\nIn clips of {HELD_OUT_PATCHES[0]} patches:\n\n{''.join(lines)}" if lines else ""
 
 
 def _cannot(others: Sequence[Score]) -> str:

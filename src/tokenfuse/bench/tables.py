@@ -67,6 +67,8 @@ def print_run(out: Console, result: RunResult) -> None:
         f"of which compression itself: matching {flops(report.matching_flops)} in "
         f"{report.plan_ms:.1f} ms, realignment {report.realign_ms:.1f} ms"
     )
+    for hint in dict.fromkeys(item.hint for item in report.items if item.hint):
+        out.print(f"[yellow]hint[/]: {escape(hint)}", soft_wrap=True)
     if report.reason:
         out.print(f"[yellow]not compressed[/]: {escape(report.reason)}", soft_wrap=True)
 

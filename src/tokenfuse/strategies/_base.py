@@ -127,6 +127,10 @@ class Strategy(BaseModel, ABC):
         """Multiply-adds spent on comparing tokens of this grid and feature width."""
         return 0
 
+    def hint(self, grid: Grid) -> str | None:
+        """What a user should know of this configuration for an item of this grid, in one line."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         """The configuration that makes this strategy again, ``{"strategy": name, ...}``."""
         return {"strategy": self.name, **self.model_dump(mode="json")}

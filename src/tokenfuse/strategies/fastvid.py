@@ -45,6 +45,10 @@ class FastVID(Attending):
     each other, so that each token is in one survivor. A segment without anchors drops what it does
     not keep. Videos of fewer frames than ``segments`` work; clustering is deterministic.
 
+    A zero vector joins the first anchor of its segment, and a frame whose mean is zero is unlike
+    its neighbours. Cuts are made by the length of the difference of the means' directions, which
+    tells frames apart that cosines no longer do.
+
     Synchronises with the host once, to cut the video and share the budget out there. Loops over
     segments.
     """

@@ -53,15 +53,15 @@ class HoliTom(Attending):
     is not here.
 
     A place stands still from one frame to the next if the cosine of its two tokens exceeds
-    ``threshold``. The video is cut into the windows that save the most tokens if each place that
-    stands still all through a window becomes one token there (dynamic programming over all cuts;
-    among equals no window, then the shortest). Then each window's still tokens, as temporal means,
-    and each frame's moving ones are thinned out by one ratio. Moving tokens are ranked by the
-    attention they get in the vision tower, and the least of them dropped. A share ``contextual`` of
-    a frame's tokens is chosen by density-peaks clustering of the less attended ones instead, and
-    all still tokens are; of its neighbours no more tell a token's density than clusters are asked
-    for. A cluster is ``beta`` · its centre + (1 − ``beta``) · the mean of its
-    other tokens, where a still token counts as its temporal mean.
+    ``threshold``, which that of a zero vector never does. The video is cut into the windows that
+    save the most tokens if each place that stands still all through a window becomes one token
+    there (dynamic programming over all cuts; among equals no window, then the shortest). Then each
+    window's still tokens, as temporal means, and each frame's moving ones are thinned out by one
+    ratio. Moving tokens are ranked by the attention they get in the vision tower, and the least of
+    them dropped. A share ``contextual`` of a frame's tokens is chosen by density-peaks clustering
+    of the less attended ones instead, and all still tokens are; of its neighbours no more tell a
+    token's density than clusters are asked for. A cluster is ``beta`` · its centre + (1 − ``beta``)
+    · the mean of its other tokens, where a still token counts as its temporal mean.
 
     What differs from the published code: the budget is exact, where it rounds per frame and spends
     too little when windows save more than is asked. Each group gets one token, if there are enough,

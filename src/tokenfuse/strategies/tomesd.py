@@ -50,7 +50,8 @@ class ToMeSD(Budgeted):
     (a quarter). Ours goes on: the grid of destinations is merged again in the same way, until the
     budget is met. A frame smaller than a cell is one cell, where the published code finds no
     destination. Once every frame is too small for a cell of two, whatever is left of all of them
-    is laid in one row and merged along it. Ties go to the lowest index.
+    is laid in one row and merged along it. Ties go to the lowest index. A zero vector is like
+    nothing: it merges last, into the frame's first destination.
 
     Never synchronises with the host.
     """

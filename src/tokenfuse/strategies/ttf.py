@@ -140,6 +140,21 @@ class TTF(Budgeted):
             return prod(grid)
         return super().num_kept(grid)
 
+    def hint(self, grid: Grid) -> str | None:
+        count, places = self.num_kept(grid), grid[1] * grid[2]
+        if (
+            self.keep_ratio is None
+            or count is None
+            or 2 * count >= 3 * places
+            or self._passes(grid)
+        ):
+            return None
+        return (
+            f"keep_ratio {self.keep_ratio:g} leaves {count} tokens, and one anchor frame has "
+            f"{places}, which ttf keeps first: next to nothing of the other frames stays; expected "
+            f"more than {1.5 / grid[0]:.2g}, or another strategy for so small a budget"
+        )
+
     def matching_flops(self, grid: Grid, width: int) -> int:
         t, h, w = grid
         return (t - 1) * h * w * self.window**2 * width

@@ -37,8 +37,9 @@ class VCast(Budgeted):
     greatest (lowest index on ties). Lengths are rescaled to 0..1 within the frame; where they are
     the same, they do not count. A zero vector is at right angles to everything.
 
-    The published code gives all that full frames cannot take to the one with the greatest
-    remainder; here it is shared out again in proportion. It raises a budget below one token per
+    The published code gives one frame, the one with the greatest remainder, all that rounding
+    leaves, and all that full frames cannot take; here the greatest remainders get one each, and the
+    rest is shared out again in proportion. It raises a budget below one token per
     frame and passes images through, and its ratio is fixed; here exactly ⌈keep_ratio · N⌉ tokens
     stay, of images too. Curvature and scores are fp32 for every dtype.
 

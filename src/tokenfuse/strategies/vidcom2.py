@@ -38,7 +38,8 @@ class VidCom2(Budgeted):
     budget holds one for each; a smaller budget holds the least common of these.
 
     The published code scores in the features' dtype, in which bf16 leaves few different values.
-    Here scores are fp32, of 17 significant bits, and the lowest index wins on ties.
+    Here scores are fp32, of 17 significant bits, and the lowest index wins on ties. A zero vector
+    is compared as it is.
 
     Never synchronises with the host.
     """
