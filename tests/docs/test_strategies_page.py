@@ -85,4 +85,6 @@ def test_everything_about_a_strategy_is_on_the_page():
 
 def test_a_preset_stands_with_its_strategy():
     section = page().partition("\n## ttf\n")[2].partition("\n## ")[0]
-    assert "Presets: `ttf-causal`, `ttf-gentle`, `ttf-published`, `ttf-third`." in section
+    assert (
+        "Presets: `ttf-causal`, `ttf-first`, `ttf-gentle`, `ttf-published`, `ttf-third`." in section
+    )

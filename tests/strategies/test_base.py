@@ -62,7 +62,7 @@ def test_a_strategy_that_attends_says_which_attention_it_reads():
     ("strategy", "printed"),
     [
         (TTF(), "ttf"),
-        (TTF(threshold=0.9, anchor="auto"), "ttf(threshold=0.9, anchor=auto)"),
+        (TTF(threshold=0.9, anchor="first"), "ttf(threshold=0.9, anchor=first)"),
         (ByModality(video=TTF(window=5)), "by_modality(video=ttf(window=5))"),
         (
             get_strategy({"compose": ["ttf", {"strategy": "uniform", "keep_ratio": 0.25}]}),

@@ -181,6 +181,7 @@ def _finite(made: _Made) -> None:
 
 def _placed(made: _Made) -> None:
     coords = grid_coords(made.case.grid)[made.plan.survivors]
+    coords = coords[made.plan.prompt_order(coords[:, 0])]
     assert made.out.features.shape == (made.plan.num_kept, WIDTH)
     assert torch.equal(made.out.coords, coords), "coords are not those of the survivors"
 
@@ -188,7 +189,8 @@ def _placed(made: _Made) -> None:
 def _accounted(made: _Made) -> None:
     sizes, plan = made.out.sizes, made.plan
     dropped = int((plan.target == DROPPED).sum())
-    assert torch.equal(sizes, plan.sizes), "sizes are not those of the plan"
+    order = plan.prompt_order(grid_coords(made.case.grid)[plan.survivors, 0])
+    assert torch.equal(sizes, plan.sizes[order]), "sizes are not those of the plan"
     assert int(sizes.min()) >= 1, "a survivor stands for nothing, not even itself"
     assert int(sizes.sum()) + dropped == made.n, (
         f"survivors stand for {int(sizes.sum())} tokens and {dropped} are dropped, of {made.n}"
