@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -229,3 +230,51 @@ def test_the_annotated_shapes_hold(plan):
 def test_a_plan_prints_in_one_short_line():
     plan = FusionPlan.from_survivors(torch.arange(74), 288)
     assert repr(plan) == str(plan) == "FusionPlan(74 of 288 kept)"
+
+
+# --- frames in another order --------------------------------------------------------------------
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.data())
+def test_whole_frames_stand_in_the_order_of_the_plan(frames, places, data):
+    plan = data.draw(plans(n=frames * places))
+    order = data.draw(st.permutations(range(frames)))
+    moved = replace(plan, frame_order=torch.tensor(order))
+    moved.check(frames * places, frames)
+    frame = plan.survivors // places
+    slots = moved.prompt_order(frame).tolist()
+    expected = [s for f in order for s in range(plan.num_kept) if int(frame[s]) == f]
+    assert slots == expected
+    assert plan.prompt_order(frame).tolist() == list(range(plan.num_kept))
+    # Nothing else looks at the order.
+    assert not moved.is_identity
+    x = torch.randn(frames * places, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(moved.select(x), plan.select(x))
+    torch.testing.assert_close(moved.fuse(x), plan.fuse(x))
+
+
+@given(plans())
+def test_the_later_of_two_plans_has_the_say_about_the_order(plan):
+    first, second = torch.tensor([1, 0]), torch.tensor([0, 1])
+    then = FusionPlan.identity(plan.num_kept)
+    ordered = replace(plan, frame_order=first)
+    assert plan.compose(then).frame_order is None
+    assert ordered.compose(then).frame_order is first
+    assert ordered.compose(replace(then, frame_order=second)).frame_order is second
+
+
+@pytest.mark.parametrize(
+    ("order", "frames"),
+    [
+        (torch.tensor([0, 0]), None),
+        (torch.tensor([1, 2]), None),
+        (torch.tensor([0, 1, 2]), 2),
+        (torch.tensor([0]), 2),
+        (torch.tensor([[0, 1]]), None),
+        (torch.tensor([0, 1], dtype=torch.int32), 2),
+    ],
+)
+def test_an_order_that_is_none_is_refused(order, frames):
+    plan = replace(FusionPlan.identity(4), frame_order=order)
+    with pytest.raises(PlanError, match=r"frame_order .* expected every frame once"):
+        plan.check(4, frames)
