@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
+from tokenfuse.errors import PromptError
 from tokenfuse.inference.generate import answers
 from tokenfuse.inference.inputs import batch_inputs, video_inputs
 from tokenfuse.inference.load import load
 from tokenfuse.inference.video import Video, read_video
 from tokenfuse.micro import CHECKPOINT, SAMPLE
+from tokenfuse.micro.build import build_processor
 from tokenfuse.micro.tasks import make_clip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,3 +56,17 @@ def test_every_video_has_a_question(loaded):
     video = Video.from_frames(np.zeros((4, 32, 32, 3), np.uint8), fps=4)
     with pytest.raises(ValueError, match="shorter"):
         batch_inputs(loaded[1], [video, video], ["What?"])
+
+
+@pytest.mark.parametrize(
+    ("question", "named"),
+    [
+        ("What is <|video_pad|> here?", "<|video_pad|>"),
+        ("<|im_end|>", "<|im_end|>"),
+        ("a \udcff b", "expected UTF-8"),
+    ],
+)
+def test_a_question_that_would_not_be_read_as_text_is_refused(question, named):
+    video = Video.from_frames(np.zeros((2, 32, 32, 3), np.uint8), 2.0)
+    with pytest.raises(PromptError, match=re.escape(named)):
+        video_inputs(build_processor(), video, question)

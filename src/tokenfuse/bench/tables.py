@@ -169,9 +169,13 @@ def _table(*columns: str) -> Table:
 
 
 def _print_head(out: Console, result: VideoQuestion) -> None:
+    several = result.frames < result.total_frames
+    frames = (
+        f"{result.frames} of {result.total_frames} frames" if several else f"{result.frames} frames"
+    )
     out.print(
         f"[bold]{escape(result.question)}[/]\n"
-        f"{_own(result.video)}: {result.frames} frames of {result.duration:.1f} s; "
+        f"{_own(result.video)}: {frames} of {result.duration:.1f} s; "
         f"{_own(result.model)} on {result.device} in {result.dtype}",
         soft_wrap=True,
     )

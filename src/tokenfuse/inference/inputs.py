@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenfuse.errors import UnsupportedModelError
+from tokenfuse.errors import PromptError, UnsupportedModelError, VideoError
 from tokenfuse.inference.video import Video
 from tokenfuse.prompt.inputs import PIXELS
 
@@ -24,9 +24,12 @@ def video_inputs(processor: Any, video: Video, question: str) -> Any:
 def batch_inputs(processor: Any, videos: Sequence[Video], questions: Sequence[str]) -> Any:
     """The processor's inputs for one question about each video, padded on the left.
 
-    Raises UnsupportedModelError where the processor takes no video, and ValueError unless there are
-    as many questions as videos.
+    Raises UnsupportedModelError where the processor takes no video, PromptError where a question
+    holds special tokens, VideoError where the processor refuses the frames, and ValueError unless
+    there are as many questions as videos.
     """
+    for question in questions:
+        refuse_special_tokens(processor, question)
     conversations = [
         [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
         for _, question in zip(videos, questions, strict=True)
@@ -64,14 +67,41 @@ def _inputs(processor: Any, conversations: Sequence[Messages], videos: Sequence[
     text = processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
     # Answers follow their prompts, and many tokenizers pad as for training.
     padding = {"padding": True, "padding_side": "left"} if len(conversations) > 1 else {}
-    return processor(
-        text=text,
-        videos=frames,
-        video_metadata=metadata,
-        do_sample_frames=False,
-        return_tensors="pt",
-        **padding,
-    )
+    try:
+        return processor(
+            text=text,
+            videos=frames,
+            video_metadata=metadata,
+            do_sample_frames=False,
+            return_tensors="pt",
+            **padding,
+        )
+    except ValueError as error:
+        sizes = ", ".join(f"{v.shape[2]}x{v.shape[1]} pixels" for v in frames)
+        raise VideoError(
+            f"{type(processor).__name__} refuses a video of {sizes}: {error}; expected frames that "
+            "it takes: crop or scale them"
+        ) from error
+
+
+def refuse_special_tokens(processor: Any, question: str) -> None:
+    """Raise PromptError where a question holds what the tokenizer would not read as text."""
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the question {question!r} is no text: {error.reason}; expected UTF-8"
+        ) from error
+    tokenizer = getattr(processor, "tokenizer", processor)
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {str(token) for token in added if getattr(token, "special", False)}
+    special |= set(getattr(tokenizer, "all_special_tokens", ()))
+    for token in sorted(special, key=len, reverse=True):
+        if token and token in question:
+            raise PromptError(
+                f"the question holds {token}, a special token of the model, which would not be "
+                "read as text; expected a question in plain words: leave it out"
+            )
 
 
 def frames_as_images(inputs: Mapping[str, Any]) -> bool:

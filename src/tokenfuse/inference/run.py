@@ -25,7 +25,8 @@ from tokenfuse.report import Report
 class VideoQuestion(BaseModel):
     """A question about a video, and the model that was asked.
 
-    ``frames`` were sampled from ``duration`` seconds. Times are medians of ``repeats`` timings.
+    ``frames`` of ``total_frames`` were sampled, which last ``duration`` seconds. Times are medians
+    of ``repeats`` timings.
     ``note``: what one must know before believing the answers.
     """
 
@@ -33,6 +34,7 @@ class VideoQuestion(BaseModel):
 
     video: str
     frames: int
+    total_frames: int
     duration: float
     question: str
     model: str
@@ -102,6 +104,7 @@ def prepare(
     about = {
         "video": str(path),
         "frames": len(video.frames),
+        "total_frames": video.total_frames,
         "duration": video.duration,
         "question": question,
         "model": str(source),

@@ -26,12 +26,35 @@ from av.video.stream import VideoStream
 
 from tokenfuse.errors import VideoError
 
+FORMATS = (
+    *("mov", "matroska", "avi", "mpegts", "mpeg", "mpegvideo", "flv", "ogg", "asf", "ivf", "nut"),
+    *("mxf", "rm", "dv", "gif", "apng", "mjpeg", "h264", "hevc", "m4v", "obu", "yuv4mpegpipe"),
+    *("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe", "wav", "mp3", "flac", "aac"),
+)
+"""Container formats that are opened, by FFmpeg's names: those that hold their own frames.
+
+Playlists, descriptions and references, which make FFmpeg read other files, are not among them.
+"""
+MAX_FRAME_PIXELS = 2**26
+"""Pixels of the largest frame that is decoded, 8192 × 8192."""
+MAX_PIXELS = 2**28
+"""Pixels of all frames of a sample together; larger ones are scaled down while decoding."""
+DEFAULT_FRAMES = 64
+"""Frames of a sample where nothing else is asked for."""
+MOST_FRAMES = 768
+"""Frames of a sample by ``fps``, at most."""
+DELAYED = 17
+"""Frames by which the order of decoding may differ from that of showing; H.264 allows 16."""
+MOST_PARTS = 100_000
+"""Parts of a container that are walked before its end is taken for its end."""
+
 
 @dataclass(frozen=True, eq=False)
 class Video:
     """Frames sampled from a video file, and when each of them is shown.
 
-    ``frames``: ``(F, H, W, 3)`` uint8, RGB, turned (not mirrored) as the file asks to be shown.
+    ``frames``: ``(F, H, W, 3)`` uint8, RGB, turned (not mirrored) as the file asks to be shown, and
+    scaled down where all of them together have more than MAX_PIXELS.
     ``indices``: ``F`` positions among the decoded frames of the file, strictly increasing.
     ``fps``: mean frames per second of the file, from its first frame to its last.
     ``total_frames``: frames in the file.
@@ -67,24 +90,31 @@ def read_video(
     *,
     frames: int | None = None,
     fps: float | None = None,
-    max_frames: int = 768,
+    max_frames: int | None = None,
 ) -> Video:
     """Decode a local video file (mp4, webm, avi, mov, ...; an image is one frame) and sample it.
+
+    Of several video streams the best is read, as FFmpeg chooses it. Only FORMATS are opened, and
+    nothing but the file itself is ever read.
 
     ``frames``: that many, first to last, evenly over presentation time, whatever ``max_frames``
     says; all of them, once each, where the file has fewer.
     ``fps``: the frame nearest each 1/fps second, none twice, thinned evenly to ``max_frames``.
-    ``max_frames``: the most frames that ``fps``, or a call with neither, returns.
+    ``max_frames``: the most frames that ``fps`` (by default MOST_FRAMES), or a call with neither
+    (by default DEFAULT_FRAMES), returns.
 
-    Raises VideoError where the request contradicts itself, or the file is missing, is not a video
-    or is damaged: a frame that does not decode, or a file shorter than it declares. Damage that
-    FFmpeg steps over without a sign (inside webm and mjpeg, the tail of mpegts) goes unnoticed.
+    Raises VideoError where the request contradicts itself, or the file is missing, is not a video,
+    has frames of more than MAX_FRAME_PIXELS, or is damaged: a frame that does not decode, or a file
+    shorter than it declares. Damage that FFmpeg steps over without a sign (inside webm and mjpeg,
+    the tail of mpegts) goes unnoticed.
     """
     if "://" in str(path):
         # A Path would make one slash of the two.
         raise VideoError(f"{path} is a URL; expected a local video file: download it first")
     path = Path(path)
     _check(path, frames, fps, max_frames)
+    if max_frames is None:
+        max_frames = DEFAULT_FRAMES if fps is None else MOST_FRAMES
     times = _packet_times(path)
     chosen = _choose(times, frames, fps, max_frames)
     images, decoded, rate, last = _decode(path, chosen)
@@ -99,7 +129,7 @@ def read_video(
     return Video(images, chosen, mean_fps, len(times), shown, times[-1] + (last or 1 / mean_fps))
 
 
-def _check(path: Path, frames: int | None, fps: float | None, max_frames: int) -> None:
+def _check(path: Path, frames: int | None, fps: float | None, max_frames: int | None) -> None:
     if frames is not None and fps is not None:
         raise VideoError(
             f"frames={frames} and fps={fps} are both given; expected one: leave the other out"
@@ -110,7 +140,10 @@ def _check(path: Path, frames: int | None, fps: float | None, max_frames: int) -
     if fps is not None and not (isfinite(fps) and fps > 0):
         raise VideoError(f"fps={fps}; expected a finite rate above 0: leave it out for all frames")
     if path.is_dir():
-        raise VideoError(f"{path} is a folder; expected a video file: pass one of those inside")
+        raise VideoError(
+            f"{path} is a folder; expected a video file: make one of the frames in it, such as by "
+            f"ffmpeg -framerate 25 -pattern_type glob -i '{path}/*.png' frames.mp4"
+        )
     if not path.is_file():
         raise VideoError(f"{path} does not exist; expected a local video file: check the spelling")
     if path.stat().st_size == 0:
@@ -151,37 +184,57 @@ def _spread(times: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.intp]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its first true video stream; closed on every way out."""
-    # The file: prefix keeps a colon in a name from being read as a protocol; the options keep a
-    # playlist from reaching the network, and from being read again and again for news.
-    options = {"protocol_whitelist": "file", "max_reload": "0"}
+    """The container and its best true video stream; closed on every way out."""
+    # The file: prefix keeps a colon in a name from being read as a protocol; the options keep
+    # FFmpeg from reading any other file, and from asking for memory that a canvas of any size says.
+    options = {
+        "protocol_whitelist": "file",
+        "format_whitelist": ",".join(FORMATS),
+        "max_pixels": str(MAX_FRAME_PIXELS),
+    }
     # Before PyAV 19, a title that is not UTF-8 would make the film unreadable.
     foreign: Any = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
     try:
         container = av.open(f"file:{path}", options=options, **foreign)
-    except av.FFmpegError as error:
+    except Exception as error:
         raise VideoError(
-            f"{path} cannot be opened ({error.strerror}); expected a whole mp4, webm, avi, mov or "
-            "other file that FFmpeg reads: check that it plays, or copy it again"
+            f"{path} cannot be opened ({_said(error)}); expected a whole mp4, webm, avi, mov or "
+            "other file that holds its own frames: check that it plays, or copy it again"
         ) from error
     with container:
-        # FFmpeg draws a .txt on a terminal, and the cover of a song counts as a video stream.
+        # The cover of a song counts as a video stream.
         streams = [
             stream
             for stream in container.streams.video
-            if container.format.name != "tty" and not stream.disposition & Disposition.attached_pic
+            if not stream.disposition & Disposition.attached_pic
         ]
         if not streams:
             raise VideoError(
                 f"{path} has no video stream (its format is {container.format.long_name}); "
                 "expected one: pass the file with the pictures, or copy it again if it was cut off"
             )
-        if streams[0].codec_context is None:
+        best = container.streams.best("video")
+        stream = best if best in streams else streams[0]
+        if stream.frames == 1:
+            # A preview may be marked as the one to show.
+            stream = max(streams, key=lambda other: other.frames)
+        if stream.codec_context is None:
             raise VideoError(
                 f"{path} uses a codec that no decoder here reads; expected H.264, HEVC, VP9, AV1 "
                 "or the like: re-encode it with the tool that made it"
             )
-        yield container, streams[0]
+        if not stream.codec_context.width:
+            _refuse_animated_webp(path)
+            raise VideoError(
+                f"{path} has no frame that can be decoded; expected frames of 1 to "
+                f"{MAX_FRAME_PIXELS} pixels (8192 x 8192): scale it down, or copy it again"
+            )
+        yield container, stream
+
+
+def _said(error: BaseException) -> str:
+    """What a decoder's exception says, in one line."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _packet_times(path: Path) -> list[float]:
@@ -192,7 +245,7 @@ def _packet_times(path: Path) -> list[float]:
             for packet in container.demux(stream):
                 if packet.size and not packet.is_discard:
                     ticks.append(packet.pts)
-        except av.FFmpegError:
+        except Exception:
             pass  # decoding meets the same damage, and knows how many frames precede it
         return _seconds(ticks, stream)
 
@@ -218,19 +271,25 @@ def _decode(
                     break
                 slot = slots.get(len(ticks))
                 if slot == 0:
-                    first = _rgb(frame)
-                    kept = np.empty((len(chosen), *first.shape), np.uint8)
-                    kept[0] = first
-                elif slot is not None:
+                    shape = _scaled(frame, len(chosen))
+                    kept = np.empty((len(chosen), *shape, 3), np.uint8)
+                if slot is not None:
                     kept[slot] = _rgb(frame, kept.shape[1:3])
                 ticks.append(frame.pts)
                 last = frame.duration
-        except av.FFmpegError as error:
-            damage = error.strerror or str(error)
+        except MemoryError as error:
+            raise VideoError(
+                f"{path} needs more memory than there is for {len(chosen)} frames; expected fewer, "
+                "such as frames=16, or a video of smaller frames"
+            ) from error
+        except Exception as error:
+            damage = _said(error)
         missing = _missing_bytes(path, container.format.name)
         # A file cut off inside the index that follows its last frame has lost no frame.
         if missing and not 0 < stream.frames <= len(ticks):
             damage = f"{missing} bytes are missing at its end"
+        if not ticks:
+            _refuse_animated_webp(path)
         if damage or not ticks:
             raise VideoError(
                 f"{path} is damaged: {len(ticks)} frames decoded, then {damage or 'it ends'}; "
@@ -253,10 +312,19 @@ def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFra
         raise
 
 
-def _rgb(frame: VideoFrame, shape: tuple[int, ...] | None = None) -> npt.NDArray[np.uint8]:
-    """The frame as it is displayed, ``(H, W, 3)``; scaled to ``shape`` ``(H, W)`` if given."""
+def _scaled(frame: VideoFrame, count: int) -> tuple[int, int]:
+    """Height and width of each of ``count`` frames like this one, turned as it is displayed."""
+    height, width = frame.height, frame.width
+    if round(frame.rotation / 90) % 2:
+        height, width = width, height
+    share = min(1.0, (MAX_PIXELS / (count * height * width)) ** 0.5)
+    return max(1, int(height * share)), max(1, int(width * share))
+
+
+def _rgb(frame: VideoFrame, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    """The frame as it is displayed, scaled to ``shape`` ``(H, W)``: ``(H, W, 3)``."""
     quarters = round(frame.rotation / 90) % 4  # counterclockwise
-    height, width = shape or (None, None)
+    height, width = shape
     if quarters % 2:
         height, width = width, height
     image: npt.NDArray[Any] = frame.to_ndarray(format="rgb24", height=height, width=width)
@@ -265,12 +333,29 @@ def _rgb(frame: VideoFrame, shape: tuple[int, ...] | None = None) -> npt.NDArray
 
 def _seconds(ticks: list[int | None], stream: VideoStream) -> list[float]:
     """Presentation times in seconds, ascending from 0, of frames in the order they are shown."""
-    known = sorted(tick for tick in ticks if tick is not None)
-    if len(known) < len(ticks):  # a raw stream, shown at its nominal rate
-        return [index / _rate(stream) for index in range(len(ticks))]
-    # Sorted, because H.264 in AVI carries its times in decoding order.
     base = stream.time_base or Fraction(1)
+    given = [tick for tick in ticks if tick is not None]
+    if len(given) < len(ticks):  # a raw stream, shown at its nominal rate
+        return [index / _rate(stream) for index in range(len(ticks))]
+    # Sorted, because packets, and H.264 in AVI, carry their times in decoding order.
+    known = sorted(_in_one_go(given, max(1, round(1 / (_rate(stream) * base)))))
     return [float((tick - known[0]) * base) for tick in known]
+
+
+def _in_one_go(ticks: Sequence[int], frame: int) -> list[int]:
+    """Times of which no clock jumps back, as where two recordings are joined byte by byte.
+
+    ``frame``: ticks from one frame to the next. The part after a jump follows a frame later. What
+    decoding order alone puts back, up to DELAYED frames, is no jump.
+    """
+    found: list[int] = []
+    offset = highest = 0
+    for tick in ticks:
+        if found and tick + offset + DELAYED * frame < highest:
+            offset = highest + frame - tick
+        found.append(tick + offset)
+        highest = max(highest, found[-1])
+    return found
 
 
 def _rate(stream: VideoStream) -> float:
@@ -285,13 +370,26 @@ def _missing_bytes(path: Path, kind: str) -> int:
     """
     end, total = 0, path.stat().st_size
     with path.open("rb") as file:
-        while end < total:
+        for _ in range(MOST_PARTS):
+            if end >= total:
+                return end - total
             file.seek(end)
             size = _part_size(file.read(16), kind)
-            if size == 0:
+            if size <= 0:
                 return 0
             end += size
-    return end - total
+    return 0
+
+
+def _refuse_animated_webp(path: Path) -> None:
+    """Raise VideoError for a file that is whole, but that FFmpeg decodes nothing of."""
+    with path.open("rb") as file:
+        head = file.read(21)
+    if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and head[20] & 2:
+        raise VideoError(
+            f"{path} is an animated WebP, which FFmpeg does not decode; expected a video: save it "
+            "as a GIF or an mp4, with Pillow or an image viewer"
+        )
 
 
 def _part_size(head: bytes, kind: str) -> int:
@@ -305,6 +403,8 @@ def _part_size(head: bytes, kind: str) -> int:
         return 8 + size if 0 < size < 0xFFFFFFFF else 0
     if kind.startswith("matroska") and head[:4] in (b"\x1aE\xdf\xa3", b"\x18S\x80g"):
         length = 9 - int.from_bytes(head[4:5], "big").bit_length()
+        if length > 8:
+            return 0
         size = int.from_bytes(head[4 : 4 + length], "big") - (1 << 7 * length)
         return 4 + length + size if size < (1 << 7 * length) - 1 else 0
     return 0
