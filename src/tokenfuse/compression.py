@@ -18,7 +18,7 @@ from torch import Tensor
 from tokenfuse.adapters._base import Adapter, Encoded
 from tokenfuse.config import Configuration, StrategyLike, get_configuration
 from tokenfuse.costs import Stopwatch, attends, kv_cache_bytes, prefill_flops, versions
-from tokenfuse.errors import ConfigError, PromptError, UnsupportedModelError
+from tokenfuse.errors import ConfigError, PlanError, PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
 from tokenfuse.prompt.cache import cache_of
 from tokenfuse.prompt.inputs import MODALITIES, PIXELS, Prompt
@@ -226,8 +226,10 @@ def compress_prompt(
         part.modality: _plans(part, strategy, observe) if plans is None else plans[part.modality]
         for part in encoded
     }
+    finite: list[Tensor] = []
     fused = {
-        part.modality: _fused(adapter, part, made[part.modality], strategy) for part in encoded
+        part.modality: _fused(adapter, part, made[part.modality], strategy, finite)
+        for part in encoded
     }
     watch.lap()
     held = 0 if after is None else after.length
@@ -263,7 +265,14 @@ def compress_prompt(
     )
     watch.lap()
     counts = short.valid.sum(-1)
-    before, left = torch.stack([counts + short.removed, counts]).tolist()
+    # One host synchronisation for all that is asked here.
+    asked = [counts + short.removed, counts, *(flag.view(1).to(counts) for flag in finite)]
+    before, left, flags = _split(torch.cat(asked).tolist(), len(counts))
+    if not all(flags):
+        raise PlanError(
+            f"strategy {strategy.name} fused finite features into NaN or Inf; expected finite "
+            "values: accumulate in float32"
+        )
     report = _report(
         adapter,
         configuration,
@@ -399,17 +408,42 @@ def _plans(part: Encoded, strategy: Strategy, observe: Observe) -> list[FusionPl
         if chosen is None:
             plan = FusionPlan.identity(tokens.num_tokens, tokens.features.device)
         else:
-            plan = chosen.plan(tokens)
-            plan.check(tokens.num_tokens, tokens.grid[0])
+            plan = chosen.checked_plan(tokens)
+        held = (tokens.features, plan.survivors, plan.target)
+        before = [x._version for x in held if not x.is_inference()]
         observe("tokenfuse_planned", tokens=tokens, plan=plan, strategy=chosen or strategy)
+        if before != [x._version for x in held if not x.is_inference()]:
+            raise PlanError(
+                "a plug-in's tokenfuse_planned wrote into the tokens or the plan that it was told "
+                "of; expected that it only looks: work on a clone"
+            )
         plans.append(plan)
     return plans
 
 
-def _fused(adapter: Adapter, part: Encoded, plans: Sequence[FusionPlan], strategy: Strategy) -> Any:
-    """The vision tower's output after the plans."""
+def _split(values: list[int], rows: int) -> tuple[list[int], list[int], list[int]]:
+    """Two lists of ``rows`` values each, and what follows them."""
+    return values[:rows], values[rows : 2 * rows], values[2 * rows :]
+
+
+def _fused(
+    adapter: Adapter,
+    part: Encoded,
+    plans: Sequence[FusionPlan],
+    strategy: Strategy,
+    finite: list[Tensor],
+) -> Any:
+    """The vision tower's output after the plans; ``finite`` gets a flag for each fused tensor."""
     by = strategy.for_modality(part.kind)
-    return adapter.fuse(part, plans, FusionPlan.fuse if by is None else by.fuse)
+    if by is None:
+        return adapter.fuse(part, plans, FusionPlan.fuse)
+
+    def fuse(plan: FusionPlan, x: Tensor) -> Tensor:
+        made = by.checked_fuse(plan, x)
+        finite.append(made.isfinite().all())
+        return made
+
+    return adapter.fuse(part, plans, fuse)
 
 
 def _items(part: Encoded, plans: Sequence[FusionPlan], strategy: Strategy | None) -> list[Item]:

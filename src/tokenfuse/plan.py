@@ -183,6 +183,8 @@ class FusionPlan:
             )
         if self.num_kept == 0:
             raise PlanError("a plan keeps no token; expected at least one survivor per item")
+        if self.target.is_meta:
+            return  # There are no values to look at.
         s, t, m = self.survivors, self.target, self.num_kept
         slots = torch.arange(m, device=s.device)
         rules = torch.stack(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from jaxtyping import Float, Int
@@ -84,9 +84,9 @@ class VisualTokens:
     ) -> VisualTokens:
         """Tokens of a full grid from features ``(N, D)`` or ``(T, H, W, D)``.
 
-        ``check`` refuses NaN and Inf, which costs one host synchronisation.
+        ``check`` refuses NaN and Inf, and negative saliency, which costs one host synchronisation.
 
-        Raises TokensError where the shape does not fit or a feature is not finite.
+        Raises TokensError where the shape does not fit or a value is none that is expected.
         """
         if len(grid) != 3:
             raise TokensError(f"grid is {tuple(grid)}; expected (T, H, W)")
@@ -104,9 +104,16 @@ class VisualTokens:
         return tokens
 
     def check_finite(self) -> None:
-        """Raise TokensError if a feature is NaN or Inf. One host synchronisation."""
-        if bool(torch.isfinite(self.features).all()):
+        """Raise TokensError for NaN, Inf and negative saliency. One host synchronisation."""
+        sound = [torch.isfinite(self.features).all()]
+        if self.saliency is not None:
+            sound.append((torch.isfinite(self.saliency) & (self.saliency >= 0)).all())
+        if self.text is not None:
+            sound.append(torch.isfinite(self.text).all().to(self.features.device))
+        if all(torch.stack(sound).tolist()):
             return
+        if bool(sound[0]):
+            self._refuse_others()
         bad = (~torch.isfinite(self.features)).any(-1).nonzero().flatten()
         t, h, w = self.coords[bad[0]].tolist()
         kind = "NaN" if bool(self.features[bad[0]].isnan().any()) else "Inf"
@@ -114,6 +121,21 @@ class VisualTokens:
             f"features hold {kind} in {len(bad)} of {self.num_tokens} tokens, first at "
             f"frame {t}, row {h}, column {w}; expected finite values: check the pixels and the "
             "vision tower's dtype (fp16 overflows where bf16 does not)"
+        )
+
+    def _refuse_others(self) -> NoReturn:
+        """Raise TokensError for the saliency or the text, one of which is not sound."""
+        name, expected, value = "text", "finite values", self.text
+        if self.saliency is not None:
+            bad = ~torch.isfinite(self.saliency) | (self.saliency < 0)
+            if bool(bad.any()):
+                name, expected, value = "saliency", "finite values of 0 or more", self.saliency[bad]
+        assert value is not None
+        kinds = {"NaN": value.isnan(), "Inf": value.isinf(), "negative values": value < 0}
+        kind = next(kind for kind, here in kinds.items() if bool(here.any()))
+        raise TokensError(
+            f"{name} holds {kind}; expected {expected}: check what it was computed from, and its "
+            "dtype (fp16 overflows where bf16 does not)"
         )
 
     def __repr__(self) -> str:

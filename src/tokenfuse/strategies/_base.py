@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -12,7 +14,7 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from tokenfuse.errors import ConfigError
+from tokenfuse.errors import ConfigError, PlanError
 from tokenfuse.ops.select import budget, top
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._fields import KeepRatio, VisionBlock
@@ -63,6 +65,15 @@ class Compressed:
     sizes: Int[Tensor, " M"]
     plan: FusionPlan
 
+    @classmethod
+    def of(cls, tokens: VisualTokens, plan: FusionPlan, fused: Float[Tensor, "M D"]) -> Compressed:
+        """What a plan leaves of tokens, whose ``fused`` features are in the plan's own order."""
+        coords = plan.select(tokens.coords)
+        if plan.frame_order is None:
+            return cls(fused, coords, plan.sizes, plan)
+        order = plan.prompt_order(coords[:, 0])
+        return cls(fused[order], coords[order], plan.sizes[order], plan)
+
     def __repr__(self) -> str:
         kept = f"{self.plan.num_kept} of {self.plan.num_source} kept"
         return f"{type(self).__name__}({kept}, {describe_rows(self.features)})"
@@ -89,6 +100,14 @@ class Strategy(BaseModel, ABC):
     experimental: ClassVar[bool] = False
     """Whether it is a reconstruction that nothing could be compared with."""
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        for name in ("plan", "fuse"):
+            own = vars(cls).get(name)
+            if own is not None and not getattr(own, "__isabstractmethod__", False):
+                setattr(cls, name, _outside_autocast(own))
+
     @abstractmethod
     def plan(self, tokens: VisualTokens) -> FusionPlan:
         """The plan for one item."""
@@ -99,12 +118,61 @@ class Strategy(BaseModel, ABC):
 
     def compress(self, tokens: VisualTokens) -> Compressed:
         """Tokens and positions in, fewer tokens and their positions out."""
+        plan = self.checked_plan(tokens)
+        return Compressed.of(tokens, plan, self.checked_fuse(plan, tokens.features))
+
+    def checked_plan(self, tokens: VisualTokens) -> FusionPlan:
+        """The plan for one item, held against what every plan has to be.
+
+        Raises PlanError, which names the strategy, for what is no plan for these tokens, and where
+        the strategy has written into them. One host synchronisation.
+        """
+        given = (tokens.features, tokens.coords, tokens.saliency, tokens.text)
+        before = [_version(x) for x in given]
         plan = self.plan(tokens)
-        features, coords = self.fuse(plan, tokens.features), plan.select(tokens.coords)
-        if plan.frame_order is None:
-            return Compressed(features, coords, plan.sizes, plan)
-        order = plan.prompt_order(coords[:, 0])
-        return Compressed(features[order], coords[order], plan.sizes[order], plan)
+        if not isinstance(plan, FusionPlan):
+            raise PlanError(
+                f"strategy {self.name} returned a {type(plan).__name__} as its plan; expected a "
+                "FusionPlan"
+            )
+        if before != [_version(x) for x in given]:
+            raise PlanError(
+                f"strategy {self.name} wrote into the tokens that it was given; expected that it "
+                "leaves them as they are: work on a clone"
+            )
+        try:
+            plan.check(tokens.num_tokens, tokens.grid[0])
+        except PlanError as error:
+            raise PlanError(f"strategy {self.name}: {error}") from error
+        return plan
+
+    def checked_fuse(self, plan: FusionPlan, x: Float[Tensor, "N D"]) -> Float[Tensor, "M D"]:
+        """``fuse``, held against what it has to return.
+
+        Raises PlanError, which names the strategy, for another shape, dtype or device, and where
+        the strategy has written into ``x``. Whether all is finite is not looked at.
+        """
+        before = _version(x)
+        fused = self.fuse(plan, x)
+        shape = (plan.num_kept, *x.shape[1:])
+        returned: object = fused
+        if not isinstance(returned, Tensor):
+            got = type(returned).__name__
+        elif (fused.shape, fused.dtype, fused.device) != (shape, x.dtype, x.device):
+            got = f"{fused.dtype} {tuple(fused.shape)} on {fused.device}"
+        else:
+            got = ""
+        if got:
+            raise PlanError(
+                f"strategy {self.name} fused into {got}; expected a tensor {x.dtype} {shape} on "
+                f"{x.device}: one row for each survivor"
+            )
+        if before != _version(x):
+            raise PlanError(
+                f"strategy {self.name} wrote into the features that it was given; expected that it "
+                "leaves them as they are: work on a clone"
+            )
+        return fused
 
     def needed(self) -> Needs:
         """What the adapter has to supply for this configuration."""
@@ -143,6 +211,29 @@ class Strategy(BaseModel, ABC):
             if (value := getattr(self, option)) != field.get_default(call_default_factory=True)
         ]
         return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+
+def _outside_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method`` as it is outside ``torch.autocast``, which would round its products.
+
+    ``torch.autocast`` changes what a strategy keeps, and lets fp16 overflow where fp32 does not.
+    """
+
+    @functools.wraps(method)
+    def exact(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = args[-1] if args else next(iter(kwargs.values()))
+        kind = getattr(given, "features", given).device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return method(self, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return exact
+
+
+def _version(x: Tensor | None) -> int:
+    """A number that grows when a tensor is written to; 0 where torch does not count."""
+    return 0 if x is None or x.is_inference() else x._version
 
 
 def _short(value: Any) -> str:
