@@ -250,11 +250,73 @@ def test_a_wrong_override_is_not_blamed_on_the_file(write):
         ("strategy: ttf\n---\nstrategy: ttf\n", "is not valid YAML: expected a single document"),
         (b"strategy: ttf\nreduce: \xff\n", "is not valid YAML: "),
         (b"strategy: ttf\nreduce: \x00\n", "is not valid YAML: "),
+        ("strategy: ttf\nthreshold: 2001-13-41\n", "line 2 is not valid YAML: month must be in"),
+        ("strategy: ttf\nwindow: !!int abc\n", "line 2 is not valid YAML: invalid literal for int"),
+        (f"strategy: ttf\nwindow: {'9' * 5000}\n", "line 2 is not valid YAML: Exceeds the limit"),
+        ("strategy: " + "[" * 5000, "is nested too deeply"),
+        ("strategy: ttf\n" + "#" * 2**20, "expected a configuration of no more than 1048576"),
         ("strategy: !!python/name:os.system\n", "is not valid YAML: could not determine a"),
     ],
 )
 def test_a_file_that_is_no_configuration_says_so(refusal, text, problem):
-    assert f"mine.yaml {problem}" in refusal(text)
+    message = refusal(text)
+    assert re.search(
+        f"mine.yaml(, line \\d)? .*{re.escape(problem)}|mine.yaml, {re.escape(problem)}", message
+    )
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize("value", ["yes", "true", '"0.5"', "[0.5]", "2001-01-01", "null"])
+def test_what_looks_like_a_number_is_none(refusal, value):
+    assert "threshold" in refusal(f"strategy: ttf\nthreshold: {value}\n")
+
+
+def test_a_whole_number_may_be_written_with_a_point(write):
+    assert get_strategy(write("strategy: ttf\nwindow: 5.0\nthreshold: 1\n")).window == 5
+
+
+def test_a_tree_of_aliases_makes_a_short_message(refusal):
+    rows = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    rows += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    message = refusal("strategy: tome\n" + "\n".join(rows) + "\nr: *a11\n")
+    assert len(message) < 4000
+
+
+def test_files_that_double_their_parts_are_refused(tmp_path):
+    (tmp_path / "f0.yaml").write_text("strategy: uniform\nkeep_ratio: 0.9\n")
+    for i in range(1, 15):
+        (tmp_path / f"f{i}.yaml").write_text(
+            "compose:\n" + f"- {tmp_path / f'f{i - 1}.yaml'}\n" * 2
+        )
+    with pytest.raises(ConfigError, match="more than 256 parts"):
+        get_strategy(tmp_path / "f14.yaml")
+
+
+def test_files_that_stand_in_each_other_too_deep_are_refused(tmp_path):
+    (tmp_path / "f0.yaml").write_text("strategy: uniform\n")
+    for i in range(1, 30):
+        (tmp_path / f"f{i}.yaml").write_text(f"strategy: {tmp_path / f'f{i - 1}.yaml'}\n")
+    with pytest.raises(ConfigError, match="more than 16 deep"):
+        get_strategy(tmp_path / "f29.yaml")
+
+
+def test_a_chain_without_end_is_refused():
+    with pytest.raises(ConfigError, match="it has 20000 steps; expected 64 or fewer"):
+        get_strategy({"compose": ["uniform"] * 20000})
+
+
+def test_a_name_of_any_length_makes_a_short_message():
+    with pytest.raises(ConfigError) as caught:
+        get_strategy("x" * 5000)
+    assert len(str(caught.value)) < 800
+
+
+def test_an_error_does_not_quote_the_lines_of_a_file(tmp_path):
+    path = tmp_path / "secret"
+    path.write_text("root:x:0:0:password: [hidden\n")
+    with pytest.raises(ConfigError) as caught:
+        get_strategy(str(path))
+    assert "password" not in str(caught.value)
 
 
 def test_a_configuration_without_a_strategy_is_told_how_to_name_it(refusal):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 
@@ -340,15 +339,17 @@ def schema() -> None:
 
 
 def _overrides(options: Sequence[str]) -> dict[str, Any]:
+    from tokenfuse.config import parse_value
+
     values: dict[str, Any] = {}
     for option in options:
         key, equals, value = option.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {option} is not of the form key=value, as in threshold=0.8")
         try:
-            values[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {option}: {value!r} is not a YAML value") from None
+            values[key.strip()] = parse_value(value)
+        except ConfigError as error:
+            raise ConfigError(f"--set {key}: {error}") from None
     return values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,6 +62,13 @@ StrategyLike = str | Path | Mapping[str, Any] | Strategy | Configuration
 """A strategy's name, a preset's, a YAML file, a Strategy, a Configuration, or a mapping with the
 key ``strategy`` or with one of MEANT_BY."""
 
+DEEPEST = 16
+"""How deep strategies may stand in each other, files included."""
+MOST_PARTS = 256
+"""Strategies of one configuration."""
+LARGEST = 2**20
+"""Bytes of a YAML file."""
+
 # Other projects' names for the share of tokens that stays, and for the share that goes.
 _KEPT = {"retention_ratio", "retention_rate", "retain_ratio", "keep_rate"}
 _REMOVED = {
@@ -112,7 +120,7 @@ def get_configuration(
     for name, value in read.items():
         if value not in PROMPT_OPTIONS[name]:
             raise ConfigError(
-                f"{where.of(name)}{name}: {value!r} is wrong: it should be "
+                f"{where.of(name)}{name}: {shown(value)} is wrong: it should be "
                 f"{' or '.join(map(repr, PROMPT_OPTIONS[name]))}"
             )
     strategy = _strategy(source, values, where, known)
@@ -144,8 +152,8 @@ def _values(
             values, where = _read(path, where)
     else:
         raise ConfigError(
-            f"{where.of()}{source!r} is of type {type(source).__name__}; expected a strategy's "
-            "name, a preset's, a YAML file, a mapping or a Strategy"
+            f"{where.of()}{shown(source)} is of type {type(source).__name__}; expected a "
+            "strategy's name, a preset's, a YAML file, a mapping or a Strategy"
         )
     # A file is not to blame for what is set over it.
     return _based(values | changes, where.without(changes), registry)
@@ -169,8 +177,16 @@ def _based(
 
 def _part(part: Any, where: _Where, registry: Registry) -> Strategy:
     """A strategy that is part of another configuration."""
+    where.read.parts += 1
+    if where.read.parts > MOST_PARTS:
+        raise ConfigError(
+            f"{where.of()}the configuration has more than {MOST_PARTS} parts; expected fewer: "
+            "files that name the same file twice double them each time"
+        )
     if isinstance(part, Configuration):
-        raise ConfigError(f"{where.of()}{part!r} is a whole configuration; expected a Strategy")
+        raise ConfigError(
+            f"{where.of()}{shown(part)} is a whole configuration; expected a Strategy"
+        )
     if isinstance(part, Strategy):
         _refuse_prompt_options_of(type(part))
     values, where = _values(part, {}, registry, where)
@@ -243,13 +259,15 @@ class _Where:
     ``lines``: the place of each value, by the keys that lead to it, and of the whole at ``()``.
     ``other``: the place to name for a value whose own place is not known, such as one that Python
     code gave. ``part_of``: which part of the configuration this is. ``open``: the files and
-    mappings that are being read, outermost first.
+    mappings that are being read, outermost first. ``read``: what has been read of files so far, and
+    how many parts there were, for the whole configuration.
     """
 
     lines: Mapping[tuple[str | int, ...], str] = field(default_factory=dict)
     other: str = ""
     part_of: str = ""
     open: tuple[Any, ...] = ()
+    read: _Read = field(default_factory=lambda: _Read())
 
     def of(self, *keys: str | int) -> str:
         """The place of a value as the beginning of a message."""
@@ -267,11 +285,16 @@ class _Where:
             source is other or (isinstance(source, Path) and source == other) for other in self.open
         ):
             raise ConfigError(f"{self.of()}it leads back to itself; remove the part that does")
+        if len(self.open) >= DEEPEST:
+            raise ConfigError(
+                f"{self.of()}strategies stand in each other more than {DEEPEST} deep; expected "
+                "fewer: name the inner ones directly"
+            )
         return replace(self, open=(*self.open, source))
 
     def at(self, *keys: str | int) -> _Where:
         """The place of one value, for what is read because of it."""
-        return _Where({}, self.lines.get(keys, self.other), self.part_of, self.open)
+        return _Where({}, self.lines.get(keys, self.other), self.part_of, self.open, self.read)
 
     def under(self, over: _Where, keys: Iterable[str]) -> _Where:
         """The same where ``over`` says where the values of these keys stand."""
@@ -285,7 +308,17 @@ class _Where:
         inside = {path[n:]: line for path, line in self.lines.items() if path[:n] == keys}
         line = inside.setdefault((), self.lines.get(keys[:1], self.other))
         names = (f"step {key + 1}: " if isinstance(key, int) else f"{key}: " for key in keys)
-        return _Where(inside, line, self.part_of + "".join(names), self.open)
+        return _Where(inside, line, self.part_of + "".join(names), self.open, self.read)
+
+
+@dataclass
+class _Read:
+    """What one call has read: files, each once, and the number of parts."""
+
+    files: dict[Path, tuple[dict[str, Any], dict[tuple[str | int, ...], str]]] = field(
+        default_factory=dict
+    )
+    parts: int = 0
 
 
 def _file(source: str | Path, registry: Registry, where: _Where) -> Path | None:
@@ -307,11 +340,12 @@ def _file(source: str | Path, registry: Registry, where: _Where) -> Path | None:
     names = {*registry.strategies, *shipped}
     if isinstance(source, str) and not path.suffix and path.parent == Path():
         raise UnknownNameError(
-            f'{where.of()}no strategy or preset is called "{source}": {did_you_mean(source, names)}'
+            f'{where.of()}no strategy or preset is called "{_brief(source)}": '
+            f"{did_you_mean(_brief(source), names)}"
         )
     raise ConfigError(
-        f"{where.of()}configuration {path} is not a file; expected a YAML file, or the name of a "
-        f"strategy or preset: {did_you_mean(path.stem, names)}"
+        f"{where.of()}configuration {_brief(path)} is not a file; expected a YAML file, or the "
+        f"name of a strategy or preset: {did_you_mean(_brief(path.stem), names)}"
     )
 
 
@@ -324,21 +358,102 @@ _KINDS = {
 
 def _read(path: Path, where: _Where) -> tuple[dict[str, Any], _Where]:
     """The mapping in a YAML file, and where its values stand; ``where``: where it is named."""
-    before, where = where.of(), where.inside(path.resolve())
-    try:
-        # Bytes: YAML says itself how they are encoded.
-        loader = yaml.SafeLoader(path.read_bytes())
-        node = loader.get_single_node()
+    resolved = path.resolve()
+    before, where = where.of(), where.inside(resolved)
+    if resolved not in where.read.files:
+        node, values = load_yaml(path, before)
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(
                 f"{before}{path} holds {_KINDS[type(node)]}; expected a mapping such as {KEY}: ttf"
             )
-        lines = _lines(node, f"{before}{path}")
-        values: dict[str, Any] = loader.construct_document(node)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{before}{path} is not valid YAML: {error}") from None
+        where.read.files[resolved] = values, _lines(node, f"{before}{path}")
+    values, lines = where.read.files[resolved]
     places = {(): f"{before}{path}: "} | lines
-    return values, _Where(places, before, open=where.open)
+    # The mapping itself is changed by nobody, but what it is merged into is.
+    return dict(values), _Where(places, before, open=where.open, read=where.read)
+
+
+class _Loader(yaml.SafeLoader):
+    """Says in which line a value stands that is not what it looks like, such as a 41st day."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError, TypeError, AttributeError) as error:
+            raise yaml.constructor.ConstructorError(
+                None, None, str(error)[:80], node.start_mark
+            ) from None
+
+
+def load_yaml(path: Path, before: str = "") -> tuple[yaml.Node | None, Any]:
+    """What a YAML file holds, as nodes and as values. ``before``: the beginning of messages.
+
+    Raises ConfigError with the file and the line; what stands in the line is not quoted, for a
+    configuration may name any file.
+    """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ConfigError(
+                f"{before}{path} has {path.stat().st_size} bytes; expected a configuration of no "
+                f"more than {LARGEST}"
+            )
+        # Bytes: YAML says itself how they are encoded.
+        loader = _Loader(path.read_bytes())
+        try:
+            node = loader.get_single_node()
+            return node, None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        said = "; ".join(str(part) for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{before}{path}{line} is not valid YAML: {said}") from None
+    except yaml.YAMLError as error:
+        said = getattr(error, "reason", None) or type(error).__name__
+        raise ConfigError(f"{before}{path} is not valid YAML: {said}") from None
+    except RecursionError:
+        raise ConfigError(
+            f"{before}{path} is nested too deeply; expected a configuration of a few levels"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{before}{path} cannot be read: {error.strerror}") from error
+
+
+# YAML 1.1 takes 9e-1 for text; 1.2, JSON and editors take it for a number.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_value(text: str) -> Any:
+    """A value as YAML has it, such as that of an option. Raises ConfigError."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError):
+        raise ConfigError(f"{shown(text)} is no value; expected one as in YAML") from None
+
+
+class _Brief(reprlib.Repr):
+    """Short, however large what is shown: aliases in YAML make trees of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict = 2, 3, 3, 3
+        self.maxstring = self.maxother = self.maxlong = 60
+
+
+def shown(value: Any) -> str:
+    """A value of a configuration in a message, shortened."""
+    return _Brief().repr(value)[:200]
+
+
+def _brief(text: object) -> str:
+    """A name in a message, shortened."""
+    whole = str(text)
+    return whole if len(whole) <= 60 else f"{whole[:57]}..."
 
 
 def _lines(node: yaml.Node, file: str) -> dict[tuple[str | int, ...], str]:
@@ -376,7 +491,7 @@ def _build(values: dict[str, Any], where: _Where, registry: Registry) -> Strateg
         meant = next((MEANT_BY[key] for key in values if key in MEANT_BY), None)
         values = {KEY: meant, **values} if meant else values
     if KEY not in values:
-        given = f"got the keys {', '.join(map(str, values))}" if values else "got no key"
+        given = f"got the keys {', '.join(map(_brief, values))}" if values else "got no key"
         name = values.get("name", "ttf")
         raise ConfigError(
             f"{where.of()}a configuration names its strategy; {given}; expected a line such as "
@@ -384,7 +499,7 @@ def _build(values: dict[str, Any], where: _Where, registry: Registry) -> Strateg
         )
     name = values[KEY]
     if not isinstance(name, str):
-        raise ConfigError(f"{where.of(KEY)}{KEY}: {name!r} is not a name; expected text")
+        raise ConfigError(f"{where.of(KEY)}{KEY}: {shown(name)} is not a name; expected text")
     try:
         cls = registry.strategy(name)
     except UnknownNameError as error:
@@ -443,11 +558,12 @@ def _explain(problem: Any, cls: type[Strategy], where: _Where) -> tuple[str, str
         return f"{where.of()}{cls.name}: ", f"{key} is missing; expected {meaning or 'it'}"
     place = where.of(key)
     if problem["type"] == "extra_forbidden" and not inner:
+        key = _brief(key)
         if key in _KEPT | _REMOVED and "keep_ratio" in cls.model_fields:
             return f"{place}unknown key {key}: ", _as_keep_ratio(key, given)
         return f"{place}unknown key {key} of {cls.name}: ", did_you_mean(key, cls.model_fields)
     hint = per_cent_hint(given) if key == "keep_ratio" else ""
-    return f"{place}{key}: {given!r} is wrong: ", message + hint
+    return f"{place}{key}: {shown(given)} is wrong: ", message + hint
 
 
 def per_cent_hint(given: Any) -> str:

@@ -156,7 +156,7 @@ def test_a_wrong_file_is_named_with_the_file_that_names_it(tmp_path):
     for text, problem in [
         ("strategy: ttf\nwindow: 4\n", f"{other}, line 2: window: 4 is wrong"),
         ("- ttf\n", f"{other} holds a list"),
-        ("strategy: [\n", f"{other} is not valid YAML"),
+        ("strategy: [\n", f"{other}, line 2 is not valid YAML"),
         ("window: 3\n", f"{other}: a configuration names its strategy"),
     ]:
         other.write_text(text)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from tokenfuse.errors import ConfigError, PlanError
@@ -86,7 +86,8 @@ class Strategy(BaseModel, ABC):
     tokens, never a model.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # What a number looks like is no number: yes, true, "0.5".
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: ClassVar[str]
     """What configurations call it."""
@@ -107,6 +108,12 @@ class Strategy(BaseModel, ABC):
             own = vars(cls).get(name)
             if own is not None and not getattr(own, "__isabstractmethod__", False):
                 setattr(cls, name, _outside_autocast(own))
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        # To JSON Schema 3.0 is an integer.
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
     @abstractmethod
     def plan(self, tokens: VisualTokens) -> FusionPlan:

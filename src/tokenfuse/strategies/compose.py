@@ -24,6 +24,9 @@ from tokenfuse.strategies._base import Needs, Strategy
 from tokenfuse.strategies._parts import PART, check_part, load_part
 from tokenfuse.tokens import Grid, VisualTokens
 
+MOST_STEPS = 64
+"""Strategies of one chain."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ChainedPlan(FusionPlan):
@@ -53,8 +56,10 @@ class Compose(Strategy):
 
     compose: Annotated[
         tuple[Strategy, ...],
-        WithJsonSchema({"type": "array", "items": {"anyOf": PART}, "minItems": 1}),
-    ] = Field(min_length=1, description="the strategies, first to last")
+        WithJsonSchema(
+            {"type": "array", "items": {"anyOf": PART}, "minItems": 1, "maxItems": MOST_STEPS}
+        ),
+    ] = Field(min_length=1, max_length=MOST_STEPS, description="the strategies, first to last")
     keep_ratio: float | None = Field(
         None, gt=0, le=1, description="share of tokens that the last step leaves, at most"
     )
@@ -64,6 +69,8 @@ class Compose(Strategy):
     def _load(cls, steps: Any, info: ValidationInfo) -> Any:
         if isinstance(steps, str) or not isinstance(steps, Sequence):
             raise ValueError("it should be a list of strategies, such as [ttf, attention]")
+        if len(steps) > MOST_STEPS:
+            raise ValueError(f"it has {len(steps)} steps; expected {MOST_STEPS} or fewer")
         return tuple(load_part(step, info, i) for i, step in enumerate(steps))
 
     @field_validator("compose")

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenfuse.bench.candidates import ALL, comparable
-from tokenfuse.config import KEY, Configuration, get_configuration
+from tokenfuse.config import KEY, Configuration, get_configuration, load_yaml, shown
 from tokenfuse.errors import ConfigError
 from tokenfuse.micro.motion import MOTIONS, Motion
 from tokenfuse.micro.questions import PLAIN, SUBTLE, StratumTask
@@ -90,10 +89,7 @@ class Setting:
 
 def read_plan(path: Path) -> Plan:
     """A plan from YAML. Raises ConfigError that names the key and what was expected."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
+    _, values = load_yaml(path)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path} holds no mapping; expected keys such as questions and sweeps")
     try:
@@ -101,7 +97,7 @@ def read_plan(path: Path) -> Plan:
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{path}: {at}: {first['msg']}; got {first['input']!r}") from error
+        raise ConfigError(f"{path}: {at}: {first['msg']}; got {shown(first['input'])}") from error
 
 
 def settings(plan: Plan, registry: Registry) -> list[Setting]:
