@@ -261,15 +261,15 @@ def test_lmms_eval_scores_the_uncompressed_model(task, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
-        (",strategy=ttf,threshold=0.7", ()),
-        (",strategy=ttf,threshold=0.7", ("--force_simple", "--batch_size", "4")),
+        (",strategy=ttf,threshold=0.95", ()),
+        (",strategy=ttf,threshold=0.95", ("--force_simple", "--batch_size", "4")),
         (",strategy=ttf-causal,attention=proportional", ()),
     ],
 )
 def test_lmms_eval_writes_what_compression_did(task, tmp_path, arguments, options):
     results = run(task, tmp_path, arguments, *options)
-    assert results["results"]["micro_clips"]["right,none"] >= 16 / 18
-    found, expected = results["tokenfuse"], get_configuration("ttf", threshold=0.7)
+    assert results["results"]["micro_clips"]["right,none"] >= 14 / 18
+    found, expected = results["tokenfuse"], get_configuration("ttf", threshold=0.95)
     if "causal" in arguments:
         expected = get_configuration("ttf-causal", attention="proportional")
     assert found["strategy"] == expected.describe()
