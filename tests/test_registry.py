@@ -1,8 +1,12 @@
 """Plugins: what they bring, and that one which fails takes nothing else down."""
 
 import importlib.metadata
+import json
+import os
 import re
+import subprocess
 import sys
+import textwrap
 import types
 import warnings
 from dataclasses import dataclass
@@ -14,7 +18,7 @@ import pytest
 import tokenfuse
 from tokenfuse import Adapter, FusionPlan, Strategy, VisualTokens, builtin, hookimpl
 from tokenfuse.adapters.qwen3_vl import Qwen3VL
-from tokenfuse.errors import PluginError, UnknownNameError, UnsupportedModelError
+from tokenfuse.errors import ConfigError, PluginError, UnknownNameError, UnsupportedModelError
 from tokenfuse.registry import PluginWarning, Registry
 from tokenfuse.strategies.ttf import TTF
 
@@ -140,10 +144,11 @@ def install(monkeypatch):
     monkeypatch.delenv("TOKENFUSE_PLUGINS", raising=False)
 
     def install(*points):
-        def entry_points(*, group):
+        def select(*, group):
             return [point for point in points if group == "tokenfuse"]
 
-        monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+        every = SimpleNamespace(name="all", entry_points=SimpleNamespace(select=select))
+        monkeypatch.setattr(importlib.metadata, "distributions", lambda: [every])
 
     return install
 
@@ -508,3 +513,76 @@ def test_a_model_that_no_adapter_matches_is_told_which_there_are():
     assert isinstance(caught.value, TypeError)
     with pytest.raises(UnsupportedModelError, match="no model family matches object"):
         registry_of().adapter(object())
+
+
+# --- plugins that break ---------------------------------------------------------------------------
+
+
+def plugin_at(folder, name, code, entry=None):
+    """A distribution with one module, as pip leaves it in a folder of the path."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(entry or f"[tokenfuse]\n{name} = {name}\n")
+    (folder / f"{name}.py").write_text(textwrap.dedent(code))
+
+
+BREAKING = {
+    "exits": "import sys; sys.exit('good bye')",
+    "needless": """
+        from typing import ClassVar
+        from tokenfuse import FusionPlan, Strategy, hookimpl
+        class Needless(Strategy):
+            name: ClassVar[str] = "needless"
+            needs = None
+            def plan(self, tokens): return FusionPlan.identity(tokens.num_tokens)
+        @hookimpl
+        def tokenfuse_register_strategies(register): register(Needless)
+    """,
+    "talks": "print('I am a plugin')",
+    "schemaless": """
+        from typing import Any, Callable, ClassVar
+        from pydantic import ConfigDict
+        from tokenfuse import FusionPlan, Strategy, hookimpl
+        class Schemaless(Strategy):
+            name: ClassVar[str] = "schemaless"
+            made_by: Callable[[int], int] = abs
+            def plan(self, tokens): return FusionPlan.identity(tokens.num_tokens)
+        @hookimpl
+        def tokenfuse_register_strategies(register): register(Schemaless)
+    """,
+}
+
+
+@pytest.mark.parametrize("command", [["schema"], ["strategies", "--json"], ["env", "--json"]])
+def test_the_rest_keeps_working_and_the_culprit_is_named(tmp_path, command):
+    for name, code in BREAKING.items():
+        plugin_at(tmp_path, name, code)
+    plugin_at(tmp_path, "malformed", "", entry="[tokenfuse\nthis is no = entry = point\n===")
+    run = [sys.executable, "-m", "tokenfuse", *command]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(
+        run, capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    if command[0] == "schema":
+        assert "ttf" in found["$defs"]
+        assert "schemaless" in done.stderr
+    if command[0] == "strategies":
+        assert {"ttf", "schemaless"} <= {row["name"] for row in found}
+    if command[0] != "env":
+        assert "plugin exits cannot be loaded" in done.stderr
+        assert "needs None" in done.stderr
+    environment["TOKENFUSE_PLUGINS"] = ""
+    quiet = subprocess.run(
+        run, capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+    assert quiet.returncode == 0
+    if command[0] != "env":
+        assert "PluginWarning" not in quiet.stderr
+
+
+def test_a_registry_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="registry is 'x'; expected"):
+        tokenfuse.get_strategy("ttf", registry="x")

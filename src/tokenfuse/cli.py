@@ -5,12 +5,15 @@ Each command checks what it was given before it imports transformers or loads a 
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib.metadata import entry_points, version
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -32,6 +35,10 @@ bench = typer.Typer(help="Measure.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
+for _stream in (sys.stdout, sys.stderr):
+    if isinstance(_stream, io.TextIOWrapper):
+        # What a terminal cannot show must not end a run whose answers are there.
+        _stream.reconfigure(errors="replace")
 
 MICRO_NOTE = (
     "the micro model knows only its own synthetic clips: what it answers to another video means "
@@ -45,12 +52,24 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Turn an error that tokenfuse raises on purpose into one line and exit status 2."""
+    """Turn an error that tokenfuse raises on purpose into one line and exit status 2.
+
+    So are a file that cannot be read or written, and memory that is not there. What is printed
+    meanwhile, such as by a plugin, goes to stderr.
+    """
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except TokenFuseError as error:
-        _err.print(f"[bold red]error[/]: {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2) from None
+        said = str(error)
+    except OSError as error:
+        said = f"{error.filename or 'a file'}: {error.strerror or error}; expected room and access"
+    except MemoryError:
+        said = "there is not enough memory; expected fewer or smaller frames, such as --frames 16"
+    else:
+        return
+    _err.print(f"[bold red]error[/]: {escape(said)}", soft_wrap=True)
+    raise typer.Exit(2) from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -194,18 +213,18 @@ def compare(
             compared = _with_note(compared, video)
             for path in pictures:
                 plot.draw(plot.comparison_curves(compared), path)
-            if as_json:
-                print(compared.model_dump_json(indent=2))
-            else:
-                tables.print_comparison(_out, compared)
-            return
-        with _progress() as say:
-            scored = benchmark(
-                micro, names, shares, source=_source(model), keep=files.get(".json"), say=say
-            )
-        for path in pictures:
-            plot.draw(plot.benchmark_curves(scored), path)
-        if out:
+            text = compared.model_dump_json(indent=2)
+            show = partial(tables.print_comparison, _out, compared)
+        else:
+            with _progress() as say:
+                scored = benchmark(
+                    micro, names, shares, source=_source(model), keep=files.get(".json"), say=say
+                )
+            for path in pictures:
+                plot.draw(plot.benchmark_curves(scored), path)
+            text = scored.model_dump_json(indent=2)
+            show = partial(tables.print_benchmark, _out, scored)
+        if out and micro is not None:
             used = {
                 "--micro": str(micro),
                 "--strategies": ",".join(names or ["all"]),
@@ -217,10 +236,10 @@ def compare(
             words = [word for name, value in used.items() if value for word in (name, value)]
             command = shlex.join(["tokenfuse", "compare", *words])
             write(files[".md"], page(scored, files[".png"].name, command))
-        if as_json:
-            print(scored.model_dump_json(indent=2))
-        else:
-            tables.print_benchmark(_out, scored)
+    if as_json:
+        print(text)
+    else:
+        show()
 
 
 @bench.command()
@@ -313,12 +332,12 @@ def env(as_json: Json = False) -> None:
         import torch
 
         from tokenfuse.costs import versions
-        from tokenfuse.hooks import PROJECT
+        from tokenfuse.registry import installed_plugins
 
         device = f"cpu, {torch.get_num_threads()} threads"
         if torch.cuda.is_available():
             device = f"cuda, {torch.cuda.get_device_name()}"
-        dists = [point.dist for point in entry_points(group=PROJECT)]
+        dists = [point.dist for point in installed_plugins()]
         plugins = {f"{dist.name} {dist.version}" for dist in dists if dist}
         found = versions() | {name: version(name) for name in ("torchvision", "timm", "av")}
         found |= {"platform": platform.platform(), "device": device}
@@ -335,7 +354,8 @@ def schema() -> None:
     with _errors():
         from tokenfuse.config import json_schema
 
-        print(json.dumps(json_schema(), indent=2))
+        found = json_schema()
+    print(json.dumps(found, indent=2))
 
 
 def _overrides(options: Sequence[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from tokenfuse.errors import ConfigError, UnknownNameError, did_you_mean
 from tokenfuse.prompt.realign import Policy
-from tokenfuse.registry import Registry, default_registry
+from tokenfuse.registry import PluginWarning, Registry, default_registry
 from tokenfuse.strategies._base import Strategy
 
 KEY = "strategy"
@@ -110,7 +111,11 @@ def get_configuration(
 
     Raises ConfigError as ``get_strategy`` does.
     """
-    known, own = registry or default_registry(), source
+    known, own = default_registry() if registry is None else registry, source
+    if not isinstance(known, Registry):
+        raise ConfigError(
+            f"registry is {shown(registry)}; expected a tokenfuse.registry.Registry, or none"
+        )
     if isinstance(source, Configuration):
         source = source.strategy
     if isinstance(source, Strategy):
@@ -224,7 +229,17 @@ def json_schema(registry: Registry | None = None) -> dict[str, Any]:
     definitions: dict[str, Any] = {}
     for name, entry in sorted((registry or default_registry()).strategies.items()):
         # Models inside an option stay with their strategy: another may have one of the same name.
-        schema = entry.cls.model_json_schema(ref_template=f"#/$defs/{name}/$defs/{{model}}")
+        try:
+            schema = entry.cls.model_json_schema(ref_template=f"#/$defs/{name}/$defs/{{model}}")
+        except Exception as error:
+            warnings.warn(
+                f"strategy {name} of {entry.distribution} is left out of the schema, for an option "
+                f"has none: {error}; expected options that YAML can hold, or an annotation "
+                "pydantic.WithJsonSchema",
+                PluginWarning,
+                stacklevel=2,
+            )
+            continue
         schema["description"] = schema.get("description", name).partition("\n\n")[0]
         read = {option: _schema_of(option) for option in PROMPT_OPTIONS}
         schema["properties"] = {KEY: {"const": name}, **read, **schema.get("properties", {})}

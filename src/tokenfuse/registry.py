@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 import pluggy
 
@@ -17,7 +17,7 @@ from tokenfuse import builtin, hooks
 from tokenfuse.adapters._base import ModelAdapter
 from tokenfuse.errors import PluginError, UnknownNameError, UnsupportedModelError, did_you_mean
 from tokenfuse.hooks import PROJECT
-from tokenfuse.strategies._base import Strategy
+from tokenfuse.strategies._base import Need, Stage, Strategy
 
 T = TypeVar("T")
 
@@ -65,7 +65,8 @@ class Registry:
             origin = getattr(point.dist, "name", None) or point.value
             try:
                 module = point.load()
-            except Exception as error:
+            # A plugin that calls sys.exit must not end the program of its user.
+            except (Exception, SystemExit) as error:
                 _warn(origin, f"cannot be loaded ({point.value})", error)
             else:
                 self._add(module, origin)
@@ -122,7 +123,7 @@ class Registry:
                     f"{module!r} implements no hook; expected a function such as "
                     "tokenfuse_register_strategies, marked by @tokenfuse.hookimpl"
                 )
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             _warn(origin, "is left out", error)
         else:
             self._plugins.append(_Plugin(module, origin, manager))
@@ -153,20 +154,37 @@ def _accept(given: list[type[Any]], base: type[Any], cls: Any) -> None:
             f"{cls!r} is registered; expected a concrete subclass of tokenfuse."
             f"{base.__name__.removeprefix('Model')} with a class attribute name: str"
         )
+    if issubclass(cls, Strategy):
+        _check_declared(cls)
     given.append(cls)
+
+
+def _check_declared(cls: type[Strategy]) -> None:
+    """Raise PluginError unless a strategy says of itself what commands and models ask for."""
+    stages, needs = get_args(Stage), get_args(Need)
+    declared: object = cls.needs
+    if cls.stage not in stages:
+        raise PluginError(
+            f"strategy {cls.name} has stage {cls.stage!r}; expected {' or '.join(stages)}"
+        )
+    if not isinstance(declared, frozenset) or not declared <= set(needs):
+        raise PluginError(
+            f"strategy {cls.name} has needs {declared!r}; expected a frozenset of "
+            f"{', '.join(needs)}"
+        )
 
 
 def _call(plugin: _Plugin, hook: str, arguments: dict[str, Any]) -> None:
     try:
         getattr(plugin.manager.hook, hook)(**arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _warn(plugin.origin, f"raised in {hook}", error)
 
 
 def _matches(entry: Registered[ModelAdapter], model: Any) -> bool:
     try:
         return bool(entry.cls.matches(model))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _warn(entry.distribution, f"raised in {entry.cls.__name__}.matches", error)
         return False
 
@@ -179,12 +197,12 @@ def _modules_of(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _entry_points() -> list[importlib.metadata.EntryPoint]:
-    points = list(importlib.metadata.entry_points(group=PROJECT))
     allowed = os.environ.get("TOKENFUSE_PLUGINS")
     if allowed is None:
-        return points
+        return installed_plugins()
     names = {name.strip() for name in allowed.split(",")} - {""}
-    installed = {point.name for point in points}
+    found = installed_plugins() if names else []
+    installed = {point.name for point in found}
     for name in sorted(names - installed):
         warnings.warn(
             f'TOKENFUSE_PLUGINS names "{name}", which is not installed: '
@@ -192,10 +210,29 @@ def _entry_points() -> list[importlib.metadata.EntryPoint]:
             PluginWarning,
             stacklevel=2,
         )
-    return [point for point in points if point.name in names]
+    return [point for point in found if point.name in names]
 
 
-def _warn(origin: str, what: str, error: Exception) -> None:
+def installed_plugins() -> list[importlib.metadata.EntryPoint]:
+    """The entry points of all installed distributions in the group ``tokenfuse``.
+
+    A distribution whose entry points cannot be read is named in a PluginWarning.
+    """
+    found: dict[str | None, list[importlib.metadata.EntryPoint]] = {}
+    # One by one, so that a malformed file of one distribution does not hide all the others.
+    for distribution in importlib.metadata.distributions():
+        # Of one that is found twice the first counts, as in imports.
+        name: str | None = distribution.name
+        if name not in found or name is None:
+            own = found.setdefault(name, [])
+            try:
+                own += distribution.entry_points.select(group=PROJECT)
+            except Exception as error:
+                _warn(str(name), "has entry points that cannot be read", error)
+    return [point for own in found.values() for point in own]
+
+
+def _warn(origin: str, what: str, error: BaseException) -> None:
     warnings.warn(
         f"tokenfuse plugin {origin} {what}: {type(error).__name__}: {error}",
         PluginWarning,

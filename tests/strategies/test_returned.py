@@ -13,6 +13,7 @@ import tokenfuse
 from tokenfuse import FusionPlan, Strategy, VisualTokens, get_strategy, hookimpl
 from tokenfuse.errors import PlanError, TokensError
 from tokenfuse.registry import Registry, default_registry
+from tokenfuse.strategies import _base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,3 +165,32 @@ def test_autocast_changes_no_plan_under_attach():
     # The tower's features are those of autocast; the budget holds all the same.
     assert inside.report.tokens_after == encoded.report.tokens_after
     assert replace(inside.plans["video"][0]).num_kept == encoded.plans["video"][0].num_kept
+
+
+@pytest.mark.parametrize("name", ["llava_scissor", "mame"])
+def test_what_takes_long_says_so_before_it_begins(name, monkeypatch):
+    monkeypatch.setattr(_base, "MANY", 36)
+    with pytest.warns(_base.SlowWarning, match=f"{name} compares all pairs of 36 tokens"):
+        get_strategy(name, keep_ratio=0.5).plan(tokens_of())
+
+
+@pytest.mark.parametrize("keep_ratio", [1e-9, 1e-3, 0.999999, 1.0])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_ends_of_the_budget_are_met(name, keep_ratio):
+    chosen = default_registry().strategy(name)
+    if "keep_ratio" not in chosen.model_fields:
+        pytest.skip("it has no keep_ratio")
+    plan = get_strategy(name, keep_ratio=keep_ratio).compress(tokens_of((3, 2, 2))).plan
+    assert 1 <= plan.num_kept <= 12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_features_near_the_largest_number_stay_finite(name):
+    tokens = tokens_of((3, 2, 2), dtype=torch.float16, scale=1.0)
+    large = tokens.features / tokens.features.abs().max() * torch.finfo(torch.float16).max
+    tokens = VisualTokens.from_grid(
+        large, (3, 2, 2), saliency=tokens.saliency, text=tokens.text.float()
+    )
+    out = configured(name).compress(tokens)
+    assert out.features.isfinite().all()
+    assert out.features.dtype == torch.float16

@@ -184,13 +184,19 @@ def _print_head(out: Console, result: VideoQuestion) -> None:
 def _print_bars(out: Console, item: ItemReport, timestamps: Sequence[float]) -> None:
     """Survivors of every frame as a bar."""
     total, width = item.frame_tokens_before, 36
+    try:
+        filled, empty = "█", "░"
+        f"{filled}{empty}".encode(out.encoding)
+    except UnicodeEncodeError:
+        filled, empty = "#", "."
     per_patch = max(1, len(timestamps) // item.grid[0])
     for frame, kept in enumerate(item.frame_tokens_after):
         pair = timestamps[frame * per_patch : (frame + 1) * per_patch]
         seconds = sum(pair) / len(pair) if pair else 0.0
         full = round(width * kept / total)
+        rest = width - full
         out.print(
-            f"{seconds:6.2f} s [green]{'█' * full}[/][dim]{'░' * (width - full)}[/] {kept}/{total}"
+            f"{seconds:6.2f} s [green]{filled * full}[/][dim]{empty * rest}[/] {kept}/{total}"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from tokenfuse.tokens import Grid, Modality, VisualTokens, describe_rows
 Stage = Literal["vit", "pre_llm", "llm"]
 Need = Literal["grid", "saliency", "text"]
 Query = Literal["each", "mean"]
+MANY = 16_384
+"""Tokens of an item from which a strategy that compares all pairs says so."""
 
 
 class Attention(NamedTuple):
@@ -218,6 +221,22 @@ class Strategy(BaseModel, ABC):
             if (value := getattr(self, option)) != field.get_default(call_default_factory=True)
         ]
         return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+
+class SlowWarning(UserWarning):
+    """A strategy is about to take long."""
+
+
+def warn_of_pairs(strategy: Strategy, tokens: VisualTokens) -> None:
+    """Warn before a strategy compares so many tokens with all others that it takes long."""
+    if tokens.num_tokens >= MANY:
+        warnings.warn(
+            f"{strategy.name} compares all pairs of {tokens.num_tokens} tokens, in a time that "
+            f"grows with their square: expect a minute or more on a CPU from {MANY} tokens on; for "
+            "long videos choose a strategy that compares neighbouring frames, such as ttf",
+            SlowWarning,
+            stacklevel=2,
+        )
 
 
 def _outside_autocast(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from tokenfuse.ops import CHUNK
 from tokenfuse.ops.select import true_indices
 from tokenfuse.ops.similarity import NO_MATCH, STEP, nearest, rowwise, unit
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Budgeted, Need
+from tokenfuse.strategies._base import Budgeted, Need, warn_of_pairs
 from tokenfuse.tokens import Grid, VisualTokens
 
 
@@ -57,9 +57,10 @@ class LLaVAScissor(Budgeted):
     survivor stands at the member of its component that is most like the component token (lowest
     index on ties), and that member joins it whatever else it is like.
 
-    Across frames all pairs are compared, in chunks, so that time is quadratic and memory is not.
-    Synchronises with the host once per round of linking and of joining components, each of them
-    about the logarithm of the size of the greatest component, and once or twice to count.
+    Across frames all pairs are compared, in chunks, so that time is quadratic and memory is not:
+    from MANY tokens of an item on a SlowWarning says so before it begins. Synchronises with the
+    host once per round of linking and of joining components, each of them about the logarithm of
+    the size of the greatest component, and once or twice to count.
     """
 
     name: ClassVar[str] = "llava_scissor"
@@ -93,6 +94,7 @@ class LLaVAScissor(Budgeted):
         return self._plan(tokens, None)
 
     def _plan(self, tokens: VisualTokens, count: int | None) -> FusionPlan:
+        warn_of_pairs(self, tokens)
         x = tokens.features.to(torch.float32)
         within = _components(tokens.frames.flatten(1, 2), self.threshold, count)
         means = within.fuse(x)

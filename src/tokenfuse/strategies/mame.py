@@ -15,7 +15,7 @@ from tokenfuse.ops import CHUNK
 from tokenfuse.ops.select import top, true_indices
 from tokenfuse.ops.similarity import NO_MATCH, STEP, nearest_per_row, unit
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Budgeted
+from tokenfuse.strategies._base import Budgeted, warn_of_pairs
 from tokenfuse.tokens import Grid, VisualTokens
 
 EXACT = 128
@@ -128,8 +128,10 @@ class MaMe(Budgeted):
     source, and equal links; items do not share what they keep. That even indices are destinations,
     that destinations are averaged, and that features are compared are guesses.
 
-    A plan holds the features it was made of, since weights are made again for each tensor that it
-    is applied to. Synchronises with the host once, to count, and never with ``keep_ratio``.
+    Sources are compared with all destinations: from MANY tokens of an item on a SlowWarning says so
+    before it begins. A plan holds the features it was made of, since weights are made again for
+    each tensor that it is applied to. Synchronises with the host once, to count, and never with
+    ``keep_ratio``.
     """
 
     name: ClassVar[str] = "mame"
@@ -159,6 +161,7 @@ class MaMe(Budgeted):
         return plan.merged(x)[0].to(x.dtype)
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
+        warn_of_pairs(self, tokens)
         x = tokens.features.detach().to(torch.float32)
         mass = x.new_ones(x.shape[0])
         whole = FusionPlan.identity(x.shape[0], x.device)
@@ -174,6 +177,7 @@ class MaMe(Budgeted):
             x, mass = step.apply(x, mass)
 
     def choose_freely(self, tokens: VisualTokens) -> FusionPlan:
+        warn_of_pairs(self, tokens)
         x = tokens.features.detach()
         if x.shape[0] == 1:
             return FusionPlan.identity(1, x.device)
