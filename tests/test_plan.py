@@ -278,3 +278,13 @@ def test_an_order_that_is_none_is_refused(order, frames):
     plan = replace(FusionPlan.identity(4), frame_order=order)
     with pytest.raises(PlanError, match=r"frame_order .* expected every frame once"):
         plan.check(4, frames)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [2, 3, 100])
+def test_a_mean_of_the_largest_numbers_is_one_of_them(dtype, n):
+    plan = FusionPlan.from_roots(torch.tensor([0]), torch.zeros(n, dtype=torch.long))
+    for value in (torch.finfo(dtype).max, -torch.finfo(dtype).max):
+        x = torch.full((n, 3), value, dtype=dtype)
+        assert torch.equal(plan.fuse(x), x[:1])
+        assert torch.equal(plan.absorbed(x), x[:1])

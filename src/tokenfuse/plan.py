@@ -122,9 +122,9 @@ class FusionPlan:
         if reduce == "keep" or self.is_identity:
             return self.select(x)
         _check_rows(x, self.num_source)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        total = self._sum(x.to(wide))
-        return (total / _column(self.sizes, x).to(wide)).to(x.dtype)
+        wide, share = _wide(x)
+        total = self._sum(wide)
+        return (total / (_column(self.sizes, x).to(wide) * share)).to(x.dtype)
 
     def absorbed(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "M ..."]:
         """The mean of the tokens that belong to each survivor, itself left out; 0 without any.
@@ -134,10 +134,10 @@ class FusionPlan:
         Raises PlanError if ``x`` has not N rows.
         """
         _check_rows(x, self.num_source)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        others = x.to(wide).index_fill(0, self.survivors, 0)
+        wide, share = _wide(x)
+        others = wide.index_fill(0, self.survivors, 0)
         count = _column((self.sizes - 1).clamp_min(1), x).to(wide)
-        return (self._sum(others) / count).to(x.dtype)
+        return (self._sum(others) / (count * share)).to(x.dtype)
 
     def expand(self, y: Tensor) -> Tensor:
         """Undo the merge: each source position gets its survivor's row of ``y (M, ...)``, or 0.
@@ -223,6 +223,19 @@ def _check_rows(x: Tensor, rows: int) -> None:
         raise PlanError(
             f"a tensor of shape {tuple(x.shape)} does not fit the plan; expected {rows} rows"
         )
+
+
+def _wide(x: Tensor) -> tuple[Tensor, float]:
+    """``x`` in a dtype to sum it in, and the share of it that this is.
+
+    Where the dtype of ``x`` has as large numbers as that one, a power of two leaves room for the
+    sum of all rows, and changes no digit.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if torch.finfo(x.dtype).max < torch.finfo(dtype).max / x.shape[0]:
+        return x.to(dtype), 1.0
+    share = 2.0 ** -(x.shape[0] - 1).bit_length()
+    return x.to(dtype) * share, share
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:

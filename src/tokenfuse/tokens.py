@@ -51,6 +51,8 @@ class VisualTokens:
                 f"features are {self.features.dtype} of shape {tuple(self.features.shape)}; "
                 "expected a float tensor (N, D): flatten (T, H, W, D) first, or use from_grid"
             )
+        if not self.features.shape[1]:
+            raise TokensError("features have width 0; expected (N, D) with D of 1 or more")
         if self.coords.is_floating_point():
             raise TokensError(f"coords are {self.coords.dtype}; expected whole numbers (t, h, w)")
         expected: dict[str, tuple[int | str, ...]] = {

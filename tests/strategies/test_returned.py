@@ -11,7 +11,7 @@ import torch
 import models
 import tokenfuse
 from tokenfuse import FusionPlan, Strategy, VisualTokens, get_strategy, hookimpl
-from tokenfuse.errors import PlanError, TokensError
+from tokenfuse.errors import ConfigError, PlanError, TokensError
 from tokenfuse.registry import Registry, default_registry
 from tokenfuse.strategies import _base
 
@@ -182,6 +182,20 @@ def test_the_ends_of_the_budget_are_met(name, keep_ratio):
         pytest.skip("it has no keep_ratio")
     plan = get_strategy(name, keep_ratio=keep_ratio).compress(tokens_of((3, 2, 2))).plan
     assert 1 <= plan.num_kept <= 12
+
+
+def test_features_without_width_are_refused():
+    with pytest.raises(TokensError, match="features have width 0"):
+        VisualTokens.from_grid(torch.empty(4, 0), (1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"strategy": "prunevid", "neighbours": 2**70}, {"strategy": "mame", "threshold": 1e300}],
+)
+def test_options_beyond_use_are_refused(option):
+    with pytest.raises(ConfigError, match="should be less than"):
+        get_strategy(option)
 
 
 @pytest.mark.parametrize("name", NAMES)

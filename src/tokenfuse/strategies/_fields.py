@@ -15,7 +15,11 @@ VisionBlock = Annotated[
 
 Neighbours = Annotated[
     int,
-    Field(ge=1, description="nearest neighbours that tell how dense a point's surroundings are"),
+    Field(
+        ge=1,
+        lt=2**31,
+        description="nearest neighbours that tell how dense a point's surroundings are",
+    ),
 ]
 """For density-peaks clustering."""
 

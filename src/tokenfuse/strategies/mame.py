@@ -138,7 +138,7 @@ class MaMe(Budgeted):
     paper: ClassVar[str] = "arXiv 2604.13432"
     experimental: ClassVar[bool] = True
 
-    threshold: float = Field(0.8, ge=-1, description="cosine above which a source is linked")
+    threshold: float = Field(0.8, ge=-1, le=10, description="cosine above which a source is linked")
 
     def num_kept(self, grid: Grid) -> int | None:
         if self.keep_ratio is None and (self.threshold >= 1 or prod(grid) == 1):
