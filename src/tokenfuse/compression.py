@@ -266,7 +266,9 @@ def compress_prompt(
     watch.lap()
     counts = short.valid.sum(-1)
     # One host synchronisation for all that is asked here.
-    asked = [counts + short.removed, counts, *(flag.view(1).to(counts) for flag in finite)]
+    asked = [counts + short.removed, counts]
+    if finite:
+        asked.append(torch.stack(finite).to(counts))
     before, left, flags = _split(torch.cat(asked).tolist(), len(counts))
     if not all(flags):
         raise PlanError(

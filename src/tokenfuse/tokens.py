@@ -112,7 +112,7 @@ class VisualTokens:
             sound.append((torch.isfinite(self.saliency) & (self.saliency >= 0)).all())
         if self.text is not None:
             sound.append(torch.isfinite(self.text).all().to(self.features.device))
-        if all(torch.stack(sound).tolist()):
+        if all(torch.stack(sound).tolist()) if len(sound) > 1 else bool(sound[0]):
             return
         if bool(sound[0]):
             self._refuse_others()
