@@ -20,7 +20,6 @@ from tokenfuse.config import Configuration, StrategyLike, get_configuration
 from tokenfuse.costs import Stopwatch, attends, kv_cache_bytes, prefill_flops, versions
 from tokenfuse.errors import ConfigError, PlanError, PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
-from tokenfuse.prompt.cache import cache_of
 from tokenfuse.prompt.inputs import MODALITIES, PIXELS, Prompt
 from tokenfuse.prompt.realign import PaddingSide
 from tokenfuse.prompt.shares import Shares
@@ -284,6 +283,7 @@ def compress_prompt(
         watch.read(),
         sum(part.again for part in encoded),
         prompt.inputs,
+        prompt.cache,
     )
     observe("tokenfuse_compressed", report=report)
     # What the model reads of a cache is its own delta: set last, and only here.
@@ -526,10 +526,11 @@ def _report(
     laps: list[float],
     again: int,
     inputs: Mapping[str, Any],
+    cache: Any = None,
 ) -> Report:
     """The report of one prompt, whose steps took ``laps`` milliseconds."""
     config = adapter.model.config.get_text_config()
-    element = _element_bytes(adapter.model, inputs)
+    element = _element_bytes(adapter.model, inputs, cache)
     return Report(
         strategy=configuration.describe(),
         adapter=adapter.name,
@@ -550,13 +551,13 @@ def _report(
     )
 
 
-def _element_bytes(model: Any, inputs: Mapping[str, Any]) -> float:
-    """Bytes of one number in the cache that a prompt with these inputs fills.
+def _element_bytes(model: Any, inputs: Mapping[str, Any], cache: Any) -> float:
+    """Bytes of one number in the ``cache`` that a prompt with these inputs fills, or a new one.
 
     Of the text's dtype, which may not be the vision tower's. A quantised cache has its bits; the
     scales beside them, and the last tokens that it keeps whole, are left out.
     """
-    layer = next(iter(getattr(cache_of(inputs), "layers", None) or ()), None)
+    layer = next(iter(getattr(cache, "layers", None) or ()), None)
     bits = getattr(layer, "nbits", None)
     if bits is None and inputs.get("cache_implementation") == "quantized":
         config = inputs.get("cache_config") or {}

@@ -32,7 +32,7 @@ class Prompt:
     bring pixels. ``ids (B, L)``. ``mask (B, L)``: the caller's attention mask, of any dtype; ones
     where there is none. ``per_token``: the other inputs with one column per token. ``here``: for
     each modality, which tokens stand for one of its features, ``(B, L)``. ``pad_id``: what padding
-    is filled with.
+    is filled with. ``cache``: the one among the inputs, or None.
     """
 
     inputs: Mapping[str, Any]
@@ -42,6 +42,7 @@ class Prompt:
     per_token: Mapping[str, Int[Tensor, "B L"]]
     here: Mapping[Modality, Bool[Tensor, "B L"]]
     pad_id: int
+    cache: Any = None
 
     @classmethod
     def read(
@@ -71,7 +72,8 @@ class Prompt:
                 "expected pixels: pass the processor's output, or detach the session first"
             )
         shows = shown(inputs)
-        cached = filled_length(cache_of(inputs)) > 0 and not continues
+        cache = cache_of(inputs)
+        cached = filled_length(cache) > 0 and not continues
         if cached and shows:
             raise PromptError(
                 "the cache holds a prompt already, and the inputs bring images or videos; "
@@ -87,7 +89,7 @@ class Prompt:
         here = {m: placeholders(inputs, m) & (mask != 0) for m in MODALITIES}
         per_token = {name: x for name in PER_TOKEN if (x := inputs.get(name)) is not None}
         pad = 0 if pad_id is None else pad_id
-        prompt = cls(inputs, shows, ids, mask, per_token, here, pad)
+        prompt = cls(inputs, shows, ids, mask, per_token, here, pad, cache)
         if not cached:
             prompt._refuse_unshown()
         return prompt
