@@ -265,6 +265,20 @@ def test_recordings_joined_byte_by_byte_follow_each_other(tmp_path):
     assert np.diff(clip.timestamps).max() < 0.3
 
 
+@pytest.mark.parametrize(
+    ("ticks", "expected"),
+    [
+        ([], []),
+        ([-9000, -8990, -8980], [-9000, -8990, -8980]),  # long before 0, and no jump
+        ([0, 30, 10, 20, 40], [0, 30, 10, 20, 40]),  # the order of decoding
+        ([0, 10, 500, 0, 10], [0, 10, 500, 510, 520]),
+        ([0, 500, 0, 500, 0], [0, 500, 510, 1010, 1020]),
+    ],
+)
+def test_a_clock_that_jumps_back_goes_on(ticks, expected):
+    assert video_module._in_one_go(ticks, 10) == expected
+
+
 def test_an_animated_webp_is_told_from_a_damaged_file(tmp_path):
     frames = [Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)) for i in range(4)]
     path = tmp_path / "moving.webp"

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 import models
 import tokenfuse
+from families import FAMILIES
 from tokenfuse import FusionPlan, Strategy
 from tokenfuse.errors import PromptError
 from tokenfuse.prompt.frames import Reordered, chunk_bounds, column_order
+from tokenfuse.registry import default_registry
 
 CLOSE, OPEN, LEFT, SECONDS, TOKEN = 1, 2, 3, 4, 9
 
@@ -97,3 +99,23 @@ def test_the_processors_own_prompt_reads_as_if_the_frames_were_written_in_that_o
     assert sorted(after) == sorted(before)
     # The question still stands last.
     assert after[-20:] == before[-20:]
+
+
+def test_the_timestamp_behind_a_frame_of_glm4v_goes_with_it():
+    family = FAMILIES["glm4v"]
+    adapter = default_registry().adapter(family.build("sdpa"))
+    inputs = family.prompt([[("text", 1), ("video", 1), ("text", 2)]], "left")
+    ids = inputs["input_ids"][0].tolist()
+    here = adapter.read(inputs).here["video"][0].nonzero().flatten().tolist()
+    frames = [(here[i], here[i + 5] + 1) for i in range(0, len(here), 6)]
+    bounds = adapter.frame_bounds(ids, frames)
+    config = adapter.model.config
+    chunks = [ids[a:b] for a, b in pairwise(bounds)]
+    stamps = [chunk[-1] for chunk in chunks]
+    assert [chunk[0] for chunk in chunks] == [config.image_start_token_id] * 3
+    assert [chunk[7] for chunk in chunks] == [config.image_end_token_id] * 3
+    assert stamps == [stamps[0], stamps[0] + 1, stamps[0] + 2], "one second after the other"
+    assert ids[bounds[-1]] == config.video_end_token_id
+    without = [token for token in ids if token != config.video_end_token_id]
+    with pytest.raises(PromptError, match="order: time"):
+        adapter.frame_bounds(without, frames)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -12,6 +11,7 @@ import models
 import tokenfuse
 from tokenfuse import FusionPlan, Strategy, VisualTokens, get_strategy, hookimpl
 from tokenfuse.errors import ConfigError, PlanError, TokensError
+from tokenfuse.ops.select import budget
 from tokenfuse.registry import Registry, default_registry
 from tokenfuse.strategies import _base
 
@@ -162,9 +162,28 @@ def test_autocast_changes_no_plan_under_attach():
     encoded = tokenfuse.compress(model, inputs, "ttf", keep_ratio=0.4)
     with torch.autocast("cpu", torch.bfloat16):
         inside = tokenfuse.compress(model, inputs, "ttf", keep_ratio=0.4)
-    # The tower's features are those of autocast; the budget holds all the same.
+    # The tower's features are those of autocast; the budget holds all the same, and the plan is the
+    # one that these features get outside.
     assert inside.report.tokens_after == encoded.report.tokens_after
-    assert replace(inside.plans["video"][0]).num_kept == encoded.plans["video"][0].num_kept
+    seen = []
+
+    class Watching:
+        @hookimpl
+        def tokenfuse_planned(self, tokens, plan, strategy):
+            seen.append((tokens, plan, strategy))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        tokenfuse.compress(model, inputs, "ttf", keep_ratio=0.4, registry=Registry([Watching()]))
+    ((tokens, plan, strategy),) = seen
+    outside = strategy.plan(tokens)
+    assert torch.equal(plan.survivors, outside.survivors)
+    assert torch.equal(plan.target, outside.target)
+
+
+def test_features_may_be_given_by_name():
+    tokens, strategy = tokens_of(), get_strategy("ttf", keep_ratio=0.5)
+    plan = strategy.plan(tokens=tokens)
+    assert torch.equal(strategy.fuse(plan, x=tokens.features), strategy.fuse(plan, tokens.features))
 
 
 @pytest.mark.parametrize("name", ["llava_scissor", "mame"])
@@ -178,10 +197,9 @@ def test_what_takes_long_says_so_before_it_begins(name, monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_ends_of_the_budget_are_met(name, keep_ratio):
     chosen = default_registry().strategy(name)
-    if "keep_ratio" not in chosen.model_fields:
-        pytest.skip("it has no keep_ratio")
+    assert "keep_ratio" in chosen.model_fields
     plan = get_strategy(name, keep_ratio=keep_ratio).compress(tokens_of((3, 2, 2))).plan
-    assert 1 <= plan.num_kept <= 12
+    assert plan.num_kept == budget(keep_ratio, 12)
 
 
 def test_features_without_width_are_refused():

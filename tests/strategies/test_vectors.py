@@ -53,6 +53,7 @@ EXACT = ("ttf", "dycoke", "visionzip")
 def cases():
     for name in OPTIONS:
         with safe_open(DATA / f"{name}.safetensors", "pt") as file:
+            # Not a mapping: it can be asked for its keys, but not iterated.
             numbers = sorted({key.split(".")[0] for key in file.keys()})  # noqa: SIM118
         for case in numbers:
             yield pytest.param(name, case, id=f"{name}-{case}")
@@ -60,6 +61,7 @@ def cases():
 
 def read(name, case):
     with safe_open(DATA / f"{name}.safetensors", "pt") as file:
+        # Not a mapping: it can be asked for its keys, but not iterated.
         keys = [key for key in file.keys() if key.startswith(f"{case}.")]  # noqa: SIM118
         tensors = {key.split(".")[1]: file.get_tensor(key) for key in keys}
         return json.loads(file.metadata()[case]), tensors

@@ -35,7 +35,13 @@ class GLM4V(Packed):
         starts = [start - (start > 0 and ids[start - 1] == begins) for start, _ in frames]
         last = frames[-1][1]
         rest = ids[last:]
-        return [*starts, last + (rest.index(ends) if ends in rest else 0)]
+        if ends not in rest:
+            raise PromptError(
+                f"no token {ends} ends the video, so that it cannot be told which timestamp is the "
+                "last frame's; expected the processor's own text around it, or frames in the order "
+                "of time (order: time)"
+            )
+        return [*starts, last + rest.index(ends)]
 
     def placeholders(self, inputs: Mapping[str, Any], modality: Modality) -> Tensor:
         here, types = super().placeholders(inputs, modality), inputs.get("mm_token_type_ids")

@@ -349,9 +349,9 @@ def _in_one_go(ticks: Sequence[int], frame: int) -> list[int]:
     decoding order alone puts back, up to DELAYED frames, is no jump.
     """
     found: list[int] = []
-    offset = highest = 0
+    offset, highest = 0, ticks[0] if ticks else 0
     for tick in ticks:
-        if found and tick + offset + DELAYED * frame < highest:
+        if tick + offset + DELAYED * frame < highest:
             offset = highest + frame - tick
         found.append(tick + offset)
         highest = max(highest, found[-1])

@@ -247,8 +247,8 @@ def _outside_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def exact(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = args[-1] if args else next(iter(kwargs.values()))
-        kind = getattr(given, "features", given).device.type
+        given = (getattr(x, "features", x) for x in (*args, *kwargs.values()))
+        kind = next((x.device.type for x in given if isinstance(x, Tensor)), "cpu")
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
             return method(self, *args, **kwargs)
         with torch.autocast(kind, enabled=False):

@@ -600,9 +600,20 @@ class AdapterConformance:
         self, attention: str, answered: str
     ) -> None:
         """A survivor gets the attention of all it stands for, also while answering, and later."""
-        model, inputs = self.model(attention), self.inputs(answered)
         oracle = self.masked(attention, answered, Spread(), proportional=True)
-        with self.attach(model, Spread(reduce="keep"), attention="proportional"):
+        self.answer_twice(
+            attention, answered, Spread(reduce="keep"), oracle, attention="proportional"
+        )
+
+    def answer_twice(
+        self, kind: str, answered: str, strategy: Strategy, oracle: MaskedRun, **options: Any
+    ) -> None:
+        """Hold an answer of an attached model, and one in a second turn, against the oracle.
+
+        ``kind``: the model's attention. ``options``: those of ``attach``.
+        """
+        model, inputs = self.model(kind), self.inputs(answered)
+        with self.attach(model, strategy, **options):
             first, ids = self.first_turn(model, inputs)
             later = {"input_ids": ids, **as_argument(cache_of(first))} | _mask(inputs, ids)
             second = self.generate(model, later)
@@ -643,38 +654,29 @@ class AdapterConformance:
 
     def test_moved_frames_equal_the_masked_run(self, attention: str, answered: str) -> None:
         """Logits, answers and a second turn, where the last frame of every video stands first."""
-        model, inputs = self.model(attention), self.inputs(answered)
-        if all(plan.frame_order is None for plan in self._plans(attention, answered)):
-            pytest.skip("nothing has frames here")
-        short = self.shorter(attention, answered, Turned(reduce="keep"))
-        oracle = self.masked(attention, answered, Turned(reduce="keep"))
+        model, strategy = self.model(attention), Turned(reduce="keep")
+        self.skip_without_frames(attention, answered)
+        short = self.shorter(attention, answered, strategy)
+        oracle = self.masked(attention, answered, strategy)
         with torch.no_grad():
             mine = model(**short).logits
         logits, real = oracle.logits(), short["attention_mask"].bool()
         for row, columns in enumerate(short.columns):
             self.close(mine[row, real[row]], logits[row, columns[real[row]]])
-        with self.attach(model, Turned(reduce="keep")):
-            first, ids = self.first_turn(model, inputs)
-            later = {"input_ids": ids, **as_argument(cache_of(first))} | _mask(inputs, ids)
-            second = self.generate(model, later)
-        self.agree(first, inputs["input_ids"], oracle)
-        oracle.append(self.question(len(ids)))
-        self.agree(second, ids, oracle)
+        self.answer_twice(attention, answered, strategy, oracle)
 
     def test_moved_frames_are_weighed_by_what_they_stand_for(self, answered: str) -> None:
         """Proportional attention counts who would have seen whom in the new order."""
-        model, inputs = self.model(self.attentions[0]), self.inputs(answered)
-        strategy = Turned(reduce="keep")
-        if all(plan.frame_order is None for plan in self._plans(self.attentions[0], answered)):
-            pytest.skip("nothing has frames here")
-        oracle = self.masked(self.attentions[0], answered, strategy, proportional=True)
-        with self.attach(model, strategy, attention="proportional"):
-            out, ids = self.first_turn(model, inputs)
-            later = {"input_ids": ids, **as_argument(cache_of(out))} | _mask(inputs, ids)
-            second = self.generate(model, later)
-        self.agree(out, inputs["input_ids"], oracle)
-        oracle.append(self.question(len(ids)))
-        self.agree(second, ids, oracle)
+        kind, strategy = self.attentions[0], Turned(reduce="keep")
+        self.skip_without_frames(kind, answered)
+        oracle = self.masked(kind, answered, strategy, proportional=True)
+        self.answer_twice(kind, answered, strategy, oracle, attention="proportional")
+
+    def skip_without_frames(self, attention: str, case: str) -> None:
+        """Skip the test of a prompt of images, of which nothing can change places."""
+        plans = self.shorter(attention, case, Turned(reduce="keep")).plans.values()
+        if all(plan.frame_order is None for own in plans for plan in own):
+            pytest.skip("this prompt shows no video, and frames of images cannot change places")
 
     def test_moved_frames_of_later_turns_equal_the_masked_run(self) -> None:
         """A later turn moves the frames that it brings, and no others."""
@@ -687,10 +689,6 @@ class AdapterConformance:
         ]
         for attention in ("plain", "proportional"):
             self.converse(turns, Turned(reduce="keep"), attention=attention)
-
-    def _plans(self, attention: str, case: str) -> list[FusionPlan]:
-        plans = self.shorter(attention, case, Turned(reduce="keep")).plans
-        return [plan for own in plans.values() for plan in own]
 
     def test_no_token_sees_the_future(self, attention: str, case: str) -> None:
         """What is said last changes nothing of what comes before it."""
