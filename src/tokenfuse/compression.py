@@ -21,13 +21,14 @@ from tokenfuse.costs import Stopwatch, attends, kv_cache_bytes, prefill_flops, v
 from tokenfuse.errors import ConfigError, PlanError, PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
 from tokenfuse.prompt.inputs import MODALITIES, PIXELS, Prompt
+from tokenfuse.prompt.layers import Kept, Layers, Visuals
 from tokenfuse.prompt.realign import PaddingSide
 from tokenfuse.prompt.shares import Shares
 from tokenfuse.prompt.turn import Item, Shortened, Turn, in_prompt_order, shorten_prompt
 from tokenfuse.registry import Registry, default_registry
 from tokenfuse.report import ItemReport, Report
 from tokenfuse.strategies._base import Needs, Strategy
-from tokenfuse.tokens import Modality, VisualTokens
+from tokenfuse.tokens import Grid, Modality, VisualTokens
 
 # Reading the metadata of packages takes milliseconds.
 _versions = functools.cache(versions)
@@ -137,6 +138,11 @@ def compress(
     known = registry or default_registry()
     adapter = prompt_adapter(model, known)
     chosen = get_configuration(strategy, registry=known, **options)
+    if chosen.strategy.cuts() or chosen.strategy.cache_pruning():
+        raise ConfigError(
+            f"strategy {chosen.strategy.name} acts inside the LLM, while the model reads and "
+            "answers, which compress does not see; expected attach"
+        )
     if chosen.attention == "proportional":
         raise ConfigError(
             "attention: proportional acts while the model reads and answers, which compress does "
@@ -216,6 +222,7 @@ def compress_prompt(
     """
     watch = Stopwatch(adapter.model.device)
     strategy = configuration.strategy
+    inside = bool(strategy.cuts())
     if not prompt.shows:
         return _unchanged(adapter, prompt, configuration, observe)
     if encoded is None:
@@ -255,7 +262,7 @@ def compress_prompt(
     items = [
         item
         for part in encoded
-        for item in _items(part, made[part.modality], strategy.for_modality(part.kind))
+        for item in _items(part, made[part.modality], strategy.for_modality(part.kind), inside)
     ]
     turn = replace(
         short.turn,
@@ -265,15 +272,19 @@ def compress_prompt(
     watch.lap()
     counts = short.valid.sum(-1)
     # One host synchronisation for all that is asked here.
-    asked = [counts + short.removed, counts]
+    new = counts if after is None else short.valid[:, after.ids.shape[1] :].sum(-1)
+    asked = [counts + short.removed, counts, new]
     if finite:
         asked.append(torch.stack(finite).to(counts))
-    before, left, flags = _split(torch.cat(asked).tolist(), len(counts))
+    before, left, lengths, flags = _split(torch.cat(asked).tolist(), len(counts))
     if not all(flags):
         raise PlanError(
             f"strategy {strategy.name} fused finite features into NaN or Inf; expected finite "
             "values: accumulate in float32"
         )
+    if inside:
+        visuals = _visuals(prompt, encoded, made, turn, lengths, held)
+        turn = replace(turn, visuals=visuals)
     report = _report(
         adapter,
         configuration,
@@ -305,10 +316,10 @@ def refuse_unmet_needs(adapter: Adapter, configuration: Configuration) -> None:
         refuse_fused_kernels(adapter.model)
     strategy = configuration.strategy
     for part in (strategy, *_parts(strategy).values()):
-        if part.stage != "pre_llm":
+        if part.stage == "vit":
             raise UnsupportedModelError(
-                f"strategy {part.name} acts at stage {part.stage}; compress and attach act at "
-                "pre_llm: choose a pre_llm strategy"
+                f"strategy {part.name} acts at stage {part.stage}; on a model with a prompt "
+                "strategies act at pre_llm or llm: choose one of these"
             )
     for part in _parts(strategy).values():
         needs = part.needed()
@@ -386,7 +397,7 @@ def _mapped(
     if isinstance(value, list | tuple):
         parts = [_mapped(item, change, other) for item in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if isinstance(value, Turn | FusionPlan | Shares):
+    if isinstance(value, Turn | FusionPlan | Shares | Visuals | Layers | Kept):
         names = [field.name for field in dataclasses.fields(value) if field.init]
         changed = {name: _mapped(getattr(value, name), change, other) for name in names}
         return replace(value, **changed)
@@ -423,9 +434,63 @@ def _plans(part: Encoded, strategy: Strategy, observe: Observe) -> list[FusionPl
     return plans
 
 
-def _split(values: list[int], rows: int) -> tuple[list[int], list[int], list[int]]:
-    """Two lists of ``rows`` values each, and what follows them."""
-    return values[:rows], values[rows : 2 * rows], values[2 * rows :]
+def _split(values: list[int], rows: int) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Three lists of ``rows`` values each, and what follows them."""
+    return (
+        values[:rows],
+        values[rows : 2 * rows],
+        values[2 * rows : 3 * rows],
+        values[3 * rows :],
+    )
+
+
+def _visuals(
+    prompt: Prompt,
+    encoded: Sequence[Encoded],
+    made: Mapping[Modality, Sequence[FusionPlan]],
+    turn: Turn,
+    lengths: Sequence[int],
+    held: int,
+) -> Visuals:
+    """Where the visual tokens stand in the short prompt of ``turn``.
+
+    ``lengths``: how many tokens each row of it has that no cache holds. ``held``: how many of the
+    caller's columns a cache stands for.
+    """
+    rows, length = prompt.ids.shape
+    here = torch.zeros_like(prompt.ids, dtype=torch.bool)
+    place = prompt.ids.new_zeros(rows, length, 5)
+    grids: list[Grid] = []
+    counts = [0] * rows
+    for part in encoded:
+        plans = made[part.modality]
+        found = []
+        for span, tokens, plan, ((row, _), _) in zip(
+            part.spans, part.items, plans, part.places, strict=True
+        ):
+            own = tokens.coords.new_full((tokens.num_tokens, 5), len(grids))
+            own[:, :3] = tokens.coords
+            own[plan.survivors, 4] = plan.sizes
+            # Features that are no tokens, such as newlines, stay like text.
+            every = own.new_full((span.size, 5), -1)
+            found.append(every.index_copy(0, span.tokens(every.device), own))
+            grids.append(tokens.grid)
+            counts[row] += plan.num_kept
+        values = torch.cat(found)
+        here = prompt.in_place(part.modality, values[:, 3] >= 0, held, here)
+        place = prompt.in_place(part.modality, values, held, place)
+    columns = turn.columns
+    here = here.gather(1, columns) & (turn.mask != 0)
+    place = place.gather(1, columns[..., None].expand(-1, -1, 5))
+    return Visuals(
+        here,
+        place[..., :3],
+        place[..., 3],
+        place[..., 4],
+        tuple(grids),
+        tuple(counts),
+        tuple(lengths),
+    )
 
 
 def _fused(
@@ -448,8 +513,14 @@ def _fused(
     return adapter.fuse(part, plans, fuse)
 
 
-def _items(part: Encoded, plans: Sequence[FusionPlan], strategy: Strategy | None) -> list[Item]:
-    """What has become of each item of one modality."""
+def _items(
+    part: Encoded, plans: Sequence[FusionPlan], strategy: Strategy | None, inside: bool
+) -> list[Item]:
+    """What has become of each item of one modality.
+
+    ``inside``: whether tokens go inside the LLM too, so that an item that is whole is not yet left
+    alone.
+    """
     return [
         Item(
             part.modality,
@@ -464,7 +535,7 @@ def _items(part: Encoded, plans: Sequence[FusionPlan], strategy: Strategy | None
                 matching_flops=0
                 if strategy is None
                 else strategy.matching_flops(tokens.grid, tokens.features.shape[-1]),
-                reason=_why_whole(strategy, part.kind, tokens, plan),
+                reason=None if inside else _why_whole(strategy, part.kind, tokens, plan),
                 hint=None if strategy is None else strategy.hint(tokens.grid),
             ),
         )

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from tokenfuse.errors import PromptError
@@ -146,6 +146,17 @@ class Prompt:
             owner = torch.where(target == DROPPED, DROPPED, columns[target.clamp_min(0)])
             owners = owners.masked_scatter(here, owner)
         return owners
+
+    def in_place(
+        self, modality: Modality, features: Shaped[Tensor, "n ..."], since: int, onto: Tensor
+    ) -> Shaped[Tensor, "B L ..."]:
+        """``onto (B, L, ...)`` with a value for each feature of a modality in its token's place.
+
+        ``features``: as many as ``places`` has counted from column ``since`` on, in prompt order.
+        """
+        here = self._from(modality, since)
+        here = here.view(*here.shape, *[1] * (onto.ndim - 2)).expand_as(onto)
+        return onto.masked_scatter(here, features.to(onto))
 
     def _refuse_unshown(self) -> None:
         """Raise PromptError where placeholders have no pixels, and would be read as words.

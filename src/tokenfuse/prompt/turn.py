@@ -13,6 +13,7 @@ from torch import Tensor
 from tokenfuse.errors import PromptError
 from tokenfuse.plan import FusionPlan
 from tokenfuse.prompt.inputs import Prompt
+from tokenfuse.prompt.layers import Layers, Visuals
 from tokenfuse.prompt.realign import (
     PaddingSide,
     Policy,
@@ -51,7 +52,8 @@ class Turn:
     ``mask``: the short prompt. ``positions``: its rope positions. ``columns``: the caller's column
     of each of its tokens. ``length``: how many columns the caller's prompt has, L. ``items``: the
     images and videos in it. ``shares``: which tokens each column stands for, where attention is
-    proportional.
+    proportional. ``visuals``: what may be cut of it inside the LLM, until it has been read;
+    ``layers``: what the caches of the layers hold of it, where that is not all.
     """
 
     seen: Int[Tensor, "B S"]
@@ -62,6 +64,8 @@ class Turn:
     length: int
     items: tuple[Item, ...] = ()
     shares: Shares | None = None
+    visuals: Visuals | None = None
+    layers: Layers | None = None
 
     @classmethod
     def of_text(cls, prompt: Prompt, positions: Tensor) -> Turn:
@@ -107,6 +111,7 @@ class Turn:
             positions=self.positions.repeat_interleave(times, -2),
             items=in_prompt_order(items),
             shares=None if self.shares is None else self.shares.repeat(times),
+            layers=None if self.layers is None else self.layers.repeat(times),
         )
 
     def extend(self, new: Int[Tensor, "B K"], given: Tensor | None) -> Turn:
@@ -233,6 +238,7 @@ def shorten_prompt(
         positions=own,
         columns=columns,
         length=prompt.ids.shape[1],
+        layers=None if after is None else after.layers,
     )
     per_token = {
         name: new.take(value, -100 if name == "labels" else 0)

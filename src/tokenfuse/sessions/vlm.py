@@ -35,6 +35,7 @@ from tokenfuse.registry import Registry
 from tokenfuse.report import Report
 from tokenfuse.sessions._attached import Attached, place, refuse_compiled
 from tokenfuse.sessions.arguments import for_shorter_prompt
+from tokenfuse.sessions.llm_stage import LayerStage, layer_stage, refuse_unfit_cuts
 from tokenfuse.sessions.proportional import attention_modules, proportional_attention
 
 WRAPPED = ("generate", "forward")
@@ -90,6 +91,7 @@ class Session(Attached):
         self._frames_as_images = frames_as_images
         self._own: dict[str, Any] = {}
         refuse_unmet_needs(self.adapter, configuration)
+        refuse_unfit_cuts(model, configuration.strategy, configuration.attention)
         if configuration.attention == "proportional":
             refuse_compiled(model, attention_modules(model), "attention: proportional")
         super().__init__(model, configuration)
@@ -232,8 +234,12 @@ class Session(Attached):
             arguments, turn = self._step(inputs, turn)
         elif shown(inputs) or not filled_length(cache):
             arguments, turn = self._first_turn(inputs)
-        with proportional_attention(self.model, None if turn is None else turn.shares):
+        with (
+            proportional_attention(self.model, None if turn is None else turn.shares),
+            layer_stage(self.model, self.strategy, turn) as stage,
+        ):
             output = original(**arguments)
+        turn = self._cut(stage, turn)
         values = output if isinstance(output, tuple) else output.values()
         for filled in (value for value in values if filled_length(value)):
             _remember(filled, turn)
@@ -410,8 +416,12 @@ class Session(Attached):
         arguments = for_shorter_prompt(
             short, prompt, short["input_ids"], self.model.generation_config
         )
-        with proportional_attention(self.model, turn.shares):
+        with (
+            proportional_attention(self.model, turn.shares),
+            layer_stage(self.model, self.strategy, turn) as stage,
+        ):
             output = original(**arguments)
+        turn = self._cut(stage, turn) or turn
         sequences = output if isinstance(output, Tensor) else output.sequences
         times = len(sequences) // len(prompt)
         answer = sequences[:, short["input_ids"].shape[1] :]
@@ -427,6 +437,10 @@ class Session(Attached):
             return whole
         output.sequences = whole
         return output
+
+    def _cut(self, stage: LayerStage | None, turn: Turn | None) -> Turn | None:
+        """The turn with what has become of it inside the LLM, which its report is told."""
+        return turn if stage is None or turn is None else stage.after(turn)
 
     def _note(self, report: Report, columns: Tensor | None) -> None:
         self.reports.append(report)

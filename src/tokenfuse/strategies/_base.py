@@ -19,6 +19,7 @@ from tokenfuse.errors import ConfigError, PlanError
 from tokenfuse.ops.select import budget, top
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._fields import KeepRatio, VisionBlock
+from tokenfuse.strategies._layers import CachePruning, LayerCut
 from tokenfuse.tokens import Grid, Modality, VisualTokens, describe_rows
 
 Stage = Literal["vit", "pre_llm", "llm"]
@@ -196,6 +197,14 @@ class Strategy(BaseModel, ABC):
     def for_modality(self, modality: Modality) -> Strategy | None:
         """The strategy for images or for videos; None where they are left as they are."""
         return self
+
+    def cuts(self) -> tuple[LayerCut, ...]:
+        """What the strategy does inside the LLM, in ascending order of layers."""
+        return ()
+
+    def cache_pruning(self) -> CachePruning | None:
+        """Which visual tokens are read while an answer is written; None for all."""
+        return None
 
     def num_kept(self, grid: Grid) -> int | None:
         """Survivors of an item of this grid, or None where the count depends on the content."""

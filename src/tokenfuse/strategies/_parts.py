@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationInfo
 
 from tokenfuse.strategies._base import Strategy
+from tokenfuse.tokens import Modality
 
 PART = [{"type": "string"}, {"type": "object"}]
 """JSON Schemas of what a part may be given as: a name, preset or file, or a mapping."""
@@ -23,11 +24,11 @@ def load_part(part: Any, info: ValidationInfo, *place: int) -> Any:
 
 def check_part(part: Strategy) -> None:
     """Raise ValueError unless a strategy can be part of another."""
-    if part.stage != "pre_llm":
+    if part.stage == "vit":
         raise ValueError(
-            f"{part.name} acts at stage {part.stage}; expected a strategy of stage pre_llm"
+            f"{part.name} acts at stage {part.stage}; expected a strategy of stage pre_llm or llm"
         )
-    if part.for_modality("image") is not part or part.for_modality("video") is not part:
+    if len({id(part.for_modality(modality)) for modality in get_args(Modality)}) > 1:
         raise ValueError(
             f"{part.name} chooses by modality, which only the top of a configuration can; put one "
             "of its strategies here instead"

@@ -68,6 +68,11 @@ class ByModality(Strategy):
     def _usable(cls, part: Strategy | None) -> Strategy | None:
         if part is not None:
             check_part(part)
+            if part.cuts() or part.cache_pruning():
+                raise ValueError(
+                    f"{part.name} acts inside the LLM, on all visual tokens of a prompt; put it "
+                    "behind by_modality in a chain, or at the top"
+                )
         return part
 
     @model_validator(mode="after")

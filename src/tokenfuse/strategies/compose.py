@@ -21,8 +21,9 @@ from tokenfuse.errors import PlanError
 from tokenfuse.ops.select import budget
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Needs, Strategy
+from tokenfuse.strategies._layers import CachePruning, LayerCut
 from tokenfuse.strategies._parts import PART, check_part, load_part
-from tokenfuse.tokens import Grid, VisualTokens
+from tokenfuse.tokens import Grid, Modality, VisualTokens
 
 MOST_STEPS = 64
 """Strategies of one chain."""
@@ -48,6 +49,9 @@ class Compose(Strategy):
     ``keep_ratio`` is the share of all tokens that the last step leaves. Where the earlier steps
     leave fewer, there is nothing more to remove, so that the count may be below the one asked for.
     A step that compares frames leaves an image to the next one as it is.
+
+    Steps that act inside the LLM come last, at rising layers: ``compose: [ttf, {strategy: fastv,
+    layer: 20, keep_ratio: 0.3}]``.
 
     Synchronises with the host as often as its steps do.
     """
@@ -78,6 +82,20 @@ class Compose(Strategy):
     def _chainable(cls, steps: tuple[Strategy, ...]) -> tuple[Strategy, ...]:
         for step in steps:
             check_part(step)
+        inside = [cut.layer for step in steps for cut in step.cuts()]
+        if inside != sorted(set(inside)):
+            raise ValueError(
+                f"its steps act at layers {inside}, in this order; expected each layer once, rising"
+            )
+        if len([step for step in steps if step.cache_pruning()]) > 1:
+            raise ValueError("several of its steps prune the cache; expected one")
+        kinds = [_before_llm(step) for step in steps]
+        if kinds != sorted(kinds, reverse=True):
+            late = steps[kinds.index(False)]
+            raise ValueError(
+                f"{late.name} acts inside the LLM, and a step that acts before it follows; "
+                "expected it behind that one"
+            )
         for step in steps[1:]:
             if step.needs_grid:
                 raise ValueError(
@@ -90,6 +108,11 @@ class Compose(Strategy):
     @model_validator(mode="after")
     def _last_has_a_budget(self) -> Compose:
         last = _last(self)
+        if self.keep_ratio is not None and last.cuts():
+            raise ValueError(
+                f"keep_ratio is for the last step before the LLM, and {last.name} acts inside it; "
+                "expected the keep_ratio of each step in the step"
+            )
         if self.keep_ratio is not None and "keep_ratio" not in type(last).model_fields:
             raise ValueError(f"keep_ratio is for the last step, and {last.name} has none")
         return self
@@ -107,13 +130,26 @@ class Compose(Strategy):
     def needs_grid(self) -> bool:
         return self.compose[0].needs_grid
 
+    @property
+    def _before(self) -> list[Strategy]:
+        return [step for step in self.compose if _before_llm(step)]
+
+    def for_modality(self, modality: Modality) -> Strategy | None:
+        return self if self._before else None
+
+    def cuts(self) -> tuple[LayerCut, ...]:
+        return tuple(cut for step in self.compose for cut in step.cuts())
+
+    def cache_pruning(self) -> CachePruning | None:
+        return next((found for step in self.compose if (found := step.cache_pruning())), None)
+
     @torch.no_grad()
     def plan(self, tokens: VisualTokens) -> ChainedPlan:
         n = tokens.num_tokens
         most = budget(self.keep_ratio, n) if self.keep_ratio else None
         whole, plans = FusionPlan.identity(n, tokens.features.device), []
-        for position, step in enumerate(self.compose, start=1):
-            if most is not None and position == len(self.compose):
+        for position, step in enumerate(self._before, start=1):
+            if most is not None and position == len(self._before):
                 if tokens.num_tokens <= most:
                     break
                 step = step.model_copy(update={"keep_ratio": most / tokens.num_tokens})
@@ -130,13 +166,18 @@ class Compose(Strategy):
                 f"a chain fuses by the plan that it made; got a {type(plan).__name__}, expected a "
                 "ChainedPlan"
             )
-        for step, part in zip(self.compose, plan.steps, strict=False):
+        for step, part in zip(self._before, plan.steps, strict=False):
             x = step.fuse(part, x)
         return x
 
     def matching_flops(self, grid: Grid, width: int) -> int:
         # What later steps cost depends on what the first leaves.
         return self.compose[0].matching_flops(grid, width)
+
+
+def _before_llm(step: Strategy) -> bool:
+    """Whether a step does something before the LLM."""
+    return step.for_modality("video") is not None
 
 
 def _first(step: Strategy) -> Strategy:

@@ -5,27 +5,36 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from tokenfuse.strategies._base import Scored
-from tokenfuse.strategies._fields import Seed
+from tokenfuse.ops.select import top
+from tokenfuse.plan import FusionPlan
+from tokenfuse.strategies._fields import KeepRatio, Seed
+from tokenfuse.strategies._inside import PerhapsInside
+from tokenfuse.strategies._layers import LayerTokens
 from tokenfuse.tokens import VisualTokens
 
 
-class Random(Scored):
+class Random(PerhapsInside):
     """Keep tokens drawn at random without replacement and drop the rest.
 
     A control that is hard to beat at small budgets. The draw depends on ``seed`` and the number of
-    tokens alone, so that every item of a size loses the same places, on every device. Never
-    synchronises with the host.
+    tokens alone, so that every item of a size loses the same places, on every device. With
+    ``layer`` the draw is among all visual tokens of a prompt, at the input of that decoder layer.
+    Never synchronises with the host.
     """
 
     name: ClassVar[str] = "random"
 
+    keep_ratio: KeepRatio = 0.5
     seed: Seed = 0
 
-    def score(self, tokens: VisualTokens) -> Float[Tensor, " N"]:
+    def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
+        return self._draw(tokens.num_tokens, count, tokens.features.device)
+
+    def choose_inside(self, tokens: LayerTokens, count: int) -> FusionPlan:
+        return self._draw(tokens.num_visual, count, tokens.visual.device)
+
+    def _draw(self, n: int, count: int, device: torch.device) -> FusionPlan:
         # Drawn on the host, whose generator is the same everywhere.
-        lots = torch.rand(tokens.num_tokens, generator=torch.Generator().manual_seed(self.seed))
-        return lots.to(tokens.features.device, non_blocking=True)
+        lots = torch.rand(n, generator=torch.Generator().manual_seed(self.seed))
+        return FusionPlan.from_survivors(top(lots.to(device, non_blocking=True), count), n)

@@ -23,6 +23,7 @@ from tokenfuse.prompt.inputs import MODALITIES, PER_TOKEN, PIXELS
 from tokenfuse.registry import Registry, default_registry
 from tokenfuse.sessions.proportional import before_attention
 from tokenfuse.strategies._base import Attention, Needs, Strategy
+from tokenfuse.testing._inside import InsideConformance
 from tokenfuse.testing.oracle import DeletedRun, MaskedRun
 from tokenfuse.tokens import Modality, VisualTokens
 
@@ -120,7 +121,7 @@ STEPS = 5
 ALL = slice(None)
 
 
-class AdapterConformance:
+class AdapterConformance(InsideConformance):
     """Everything that an adapter promises, as tests. A subclass gives a model and its prompts.
 
     ::
@@ -162,6 +163,9 @@ class AdapterConformance:
     """The token type of an answer, where the model has token types."""
     tolerance: ClassVar[float] = 1e-4
     """Largest difference of logits that is rounding."""
+
+    half: ClassVar[Strategy] = HALF
+    nothing: ClassVar[Strategy] = NOTHING
 
     _shorter: ClassVar[dict[tuple[str, str, Strategy], CompressedInputs]]
     _hidden: ClassVar[dict[tuple[str, str, Strategy], tuple[Tensor, Tensor]]]

@@ -21,7 +21,8 @@ class MaskedRun:
     ``text_type`` is the token type of an answer. ``owner (B, L)``, for proportional attention: the
     column of the token that each was fused into, or -1. ``order (B, L)``, for frames that have
     changed places: the column that stands in each place; the decoder then reads what the model has
-    made for it in that order. A hook on each attention of the decoder hides the dropped keys,
+    made for it in that order. ``later``: more tokens ``(B, L)`` that are hidden from a decoder
+    layer on, by its number. A hook on each attention of the decoder hides the dropped keys,
     whatever mask the model makes, so that bidirectional blocks and sliding windows stay as they
     are. Every answer reads the whole conversation anew, without a cache.
     """
@@ -36,8 +37,10 @@ class MaskedRun:
         text_type: int = 0,
         owner: Tensor | None = None,
         order: Tensor | None = None,
+        later: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.model, self.inputs, self.hidden = model, dict(inputs), hidden
+        self.later = dict(later or {})
         self.owner, self.order = owner, order
         self.never, self.text_type = list(never), text_type
 
@@ -60,7 +63,9 @@ class MaskedRun:
                 old = self.inputs[name]
                 new = more.get(name, torch.full_like(ids, self.text_type)).to(old.dtype)
                 self.inputs[name] = torch.cat([old, new], -1)
-        self.hidden = torch.cat([self.hidden, torch.zeros_like(ids, dtype=torch.bool)], -1)
+        none = torch.zeros_like(ids, dtype=torch.bool)
+        self.hidden = torch.cat([self.hidden, none], -1)
+        self.later = {layer: torch.cat([x, none], -1) for layer, x in self.later.items()}
         own = torch.arange(self.hidden.shape[1]).expand_as(self.hidden)[:, -ids.shape[1] :]
         if self.owner is not None:
             self.owner = torch.cat([self.owner, own], -1)
@@ -83,7 +88,7 @@ class MaskedRun:
         """Logits ``(B, L, V)``; those of hidden tokens and of padding mean nothing."""
         if self.order is not None:
             return self._in_order(self.order)
-        with hide(self.model, self.hidden | ~self.real, self.owner):
+        with hide(self.model, self.hidden | ~self.real, self.owner, self.later):
             # The class's own forward, also while the model is attached.
             output = type(self.model).forward(
                 self.model,
@@ -113,7 +118,8 @@ class MaskedRun:
                 for layer in given["deepstack_visual_embeds"]
             ]
         owner = self._placed_owner(order)
-        with hide(self.model, (self.hidden | ~self.real).gather(-1, order), owner):
+        later = {layer: x.gather(-1, order) for layer, x in self.later.items()}
+        with hide(self.model, (self.hidden | ~self.real).gather(-1, order), owner, later):
             states = self.model.get_decoder()(
                 **read,
                 position_ids=positions,
@@ -217,17 +223,27 @@ def log_counts(visible: Tensor, owner: Tensor) -> Tensor:
 
 
 @contextmanager
-def hide(model: Any, hidden: Tensor, owner: Tensor | None = None) -> Iterator[None]:
+def hide(
+    model: Any,
+    hidden: Tensor,
+    owner: Tensor | None = None,
+    later: Mapping[int, Tensor] | None = None,
+) -> Iterator[None]:
     """No token of the decoder sees the ``hidden (B, L)`` ones inside the block, but itself.
 
-    Instead it sees the ``owner (B, L)`` of each that it would have seen once more.
+    Instead it sees the ``owner (B, L)`` of each that it would have seen once more. Nor does it see
+    those of ``later`` from their layer on.
     """
     length = hidden.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
-    # A row without a visible key would be NaN.
-    blocked = hidden[:, None, None] & ~torch.eye(length, dtype=torch.bool, device=hidden.device)
+    itself = torch.eye(length, dtype=torch.bool, device=hidden.device)
 
-    def hook(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        gone = hidden
+        for layer, more in (later or {}).items():
+            gone = gone | more if module.layer_idx >= layer else gone
+        # A row without a visible key would be NaN.
+        blocked = gone[:, None, None] & ~itself
         mask = kwargs.get("attention_mask")
         if mask is None:
             mask = causal.expand(len(hidden), 1, -1, -1)

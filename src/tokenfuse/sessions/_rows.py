@@ -1,0 +1,175 @@
+"""Queries, keys and attention of a decoder layer's own attention, for a few of its rows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenfuse.errors import UnsupportedModelError
+from tokenfuse.prompt.cache import CACHES, cache_of
+
+NAME = "tokenfuse_rows"
+"""What transformers calls the attention that only tells what it was given."""
+AT_A_TIME = 1024
+"""Rows whose queries and keys are computed at once where all are asked for."""
+
+
+class _Given(Exception):
+    """Carries what an attention gave to its kernel out of it."""
+
+    def __init__(self, query: Tensor, key: Tensor, scale: float, softcap: float | None) -> None:
+        super().__init__()
+        self.query, self.key, self.scale, self.softcap = query, key, scale, softcap
+
+
+def _tell(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any
+) -> Any:
+    if options.get("s_aux") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has attention sinks, which tokenfuse does not score by; "
+            "expected a strategy that reads no attention, such as uniform with a layer"
+        )
+    scale = options.get("scaling")
+    raise _Given(
+        query, key, query.shape[-1] ** -0.5 if scale is None else scale, options.get("softcap")
+    )
+
+
+@functools.cache
+def _register() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _tell)
+
+
+class _Config:
+    """The config of an attention, but for which kernel it uses."""
+
+    _attn_implementation = NAME
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+@dataclass
+class HeardKeys:
+    """A cache for one call of an attention: hands all on to the real one, and notes the keys."""
+
+    cache: Any
+    keys: Tensor | None = None
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        if self.cache is not None:
+            key, value = self.cache.update(key, value, *args, **kwargs)
+        self.keys = key
+        return key, value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
+def hearing(kwargs: Mapping[str, Any], name: str) -> tuple[HeardKeys, dict[str, Any]]:
+    """What to call an attention with so that its keys are heard. ``name``: that of the cache."""
+    heard = HeardKeys(cache_of(kwargs))
+    return heard, {**{k: v for k, v in kwargs.items() if k not in CACHES}, name: heard}
+
+
+def given_rows(
+    module: Any, call: Mapping[str, Any], row: int, places: Tensor | slice
+) -> tuple[Tensor, Tensor, float, float | None]:
+    """Queries ``(H, R, d)`` and keys ``(G, R, d)`` of some places of one row, scale and softcap.
+
+    ``call``: what the attention ``module`` is called with, by name. What it computes for these
+    places alone is what it computes for them among all. The module stays as it is.
+
+    Raises UnsupportedModelError where the attention is of a kind that tells neither.
+    """
+    _register()
+    hidden: Tensor = call["hidden_states"]
+    rows, width = hidden.shape[:2]
+    some = {k: v for k, v in call.items() if k not in CACHES and k != "attention_mask"}
+    for name, value in some.items():
+        some[name] = chosen_places(name, value, (rows, width), row, places)
+    twin = object.__new__(type(module))
+    vars(twin).update(vars(module))
+    vars(twin)["config"] = _Config(module.config)
+    try:
+        type(module).forward(twin, **some, attention_mask=None)
+    except _Given as given:
+        return given.query[0], given.key[0], given.scale, given.softcap
+    raise UnsupportedModelError(
+        f"{type(module).__name__} computes its attention in a way of its own, so that it cannot be "
+        "scored; expected a strategy that reads no attention, such as uniform with a layer"
+    )
+
+
+def all_rows(
+    module: Any, call: Mapping[str, Any], row: int, places: Tensor
+) -> tuple[Tensor, Tensor, float, float | None]:
+    """As ``given_rows`` for many places, some at a time."""
+    parts = [given_rows(module, call, row, part) for part in places.split(AT_A_TIME)]
+    return (
+        torch.cat([part[0] for part in parts], 1),
+        torch.cat([part[1] for part in parts], 1),
+        *parts[0][2:],
+    )
+
+
+def chosen_places(
+    name: str, value: Any, shape: tuple[int, int], row: int, places: Tensor | slice
+) -> Any:
+    """An argument of a decoder layer for some places of one row; all else as it is."""
+
+    def pick(x: Tensor, batch: int, columns: int) -> Tensor:
+        """One row, some columns. ``batch``, ``columns``: the axes, from the last."""
+        if x.ndim >= -batch:
+            x = x.narrow(batch, row if x.shape[batch] > 1 else 0, 1)
+        if isinstance(places, slice):
+            start, stop, _ = places.indices(x.shape[columns])
+            return x.narrow(columns, start, stop - start)
+        return x.index_select(columns, places)
+
+    return along(name, value, shape, pick)
+
+
+def along(
+    name: str, value: Any, shape: tuple[int, int], pick: Callable[[Tensor, int, int], Tensor]
+) -> Any:
+    """An argument of a decoder layer with ``pick(tensor, batch axis, column axis)`` applied.
+
+    ``shape``: rows and columns of the hidden states. Arguments without columns stay as they are.
+    """
+    rows, width = shape
+    if isinstance(value, tuple | list) and value and all(isinstance(x, Tensor) for x in value):
+        # Cosines and sines, (..., L, d).
+        parts = [pick(x, -3, -2) if x.ndim >= 2 and x.shape[-2] == width else x for x in value]
+        return type(value)(parts)
+    if not isinstance(value, Tensor) or name == "attention_mask":
+        return value
+    if "position" in name:
+        return pick(value, -2, -1) if value.ndim and value.shape[-1] == width else value
+    if value.ndim >= 2 and value.shape[1] == width and value.shape[0] in (1, rows):
+        return pick(value, -value.ndim, 1 - value.ndim)
+    return value
+
+
+def visible_rows(mask: Tensor | None, row: int, places: Tensor, past: int, keys: int) -> Tensor:
+    """Which of ``keys`` entries the queries in some places of one row see, ``(R, keys)``.
+
+    ``mask``: as the attention gets it. ``past``: how many entries stand before the first query.
+    """
+    entries = torch.arange(keys, device=places.device)
+    if mask is not None and mask.ndim == 4:
+        own = mask[min(row, len(mask) - 1), 0, places]
+        return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+    causal = entries <= past + places[:, None]
+    return causal if mask is None else causal & mask[min(row, len(mask) - 1)].bool()

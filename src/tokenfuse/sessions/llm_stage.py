@@ -1,0 +1,809 @@
+"""Cuts inside the LLM: fewer tokens from a decoder layer on, on the unmodified model.
+
+Between layers the hidden states keep the length that the model gave them, so that whatever it does
+there, such as adding DeepStack features, finds them as it expects. Each layer reads the rows that
+are left, and its cache holds no others.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenfuse.adapters._hooks import Hook
+from tokenfuse.costs import Stopwatch, attends
+from tokenfuse.errors import ConfigError, PlanError, PromptError, UnsupportedModelError
+from tokenfuse.ops.row_attention import received_attention, row_attention
+from tokenfuse.ops.select import true_indices
+from tokenfuse.plan import DROPPED, FusionPlan
+from tokenfuse.prompt.cache import CACHES, cache_of
+from tokenfuse.prompt.layers import Kept, Layers, pad_left
+from tokenfuse.prompt.turn import Turn
+from tokenfuse.sessions._rows import (
+    HeardKeys,
+    all_rows,
+    along,
+    chosen_places,
+    given_rows,
+    hearing,
+    visible_rows,
+)
+from tokenfuse.strategies._base import Strategy
+from tokenfuse.strategies._layers import LayerCut, LayerTokens
+
+MASKED = ("sdpa", "eager")
+"""Attention implementations of transformers that take a mask for each query and key."""
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The layers of a transformers model's decoder, in order."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        raise UnsupportedModelError(
+            f"the decoder of {type(model).__name__} has no layers; expected a list of them, as "
+            "transformers' decoders have"
+        )
+    return list(layers)
+
+
+def attention_of(layer: nn.Module) -> tuple[str, Any]:
+    """The attention of a decoder layer, and the name that it has there."""
+    for name, module in layer.named_children():
+        if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups"):
+            return name, module
+    raise UnsupportedModelError(
+        f"no attention was found in a {type(layer).__name__}; expected a module with layer_idx and "
+        "num_key_value_groups, as transformers has them"
+    )
+
+
+def refuse_unfit_cuts(model: Any, strategy: Strategy, attention: str = "plain") -> None:
+    """Raise UnsupportedModelError or ConfigError where a strategy cannot act in this decoder."""
+    cuts, pruning = strategy.cuts(), strategy.cache_pruning()
+    if not cuts and pruning is None:
+        return
+    config = model.config.get_text_config()
+    layers = [cut.layer for cut in cuts] + ([] if pruning is None else [pruning.layer])
+    number = len(decoder_layers(model))
+    for layer in layers:
+        if not 1 <= layer < number:
+            raise ConfigError(
+                f"strategy {strategy.name} acts at layer {layer}; the decoder of "
+                f"{type(model).__name__} has {number} layers; expected 1 to {number - 1}: at 0 "
+                "strategies act before the LLM"
+            )
+    if attention == "proportional":
+        raise ConfigError(
+            f"strategy {strategy.name} acts inside the LLM, where attention: proportional does not "
+            "follow it; expected attention: plain"
+        )
+    if not all(attends(config)):
+        raise UnsupportedModelError(
+            f"strategy {strategy.name} acts inside the LLM, and {type(model).__name__} has layers "
+            "that are no attention: what they have read of a token cannot be taken back; expected "
+            "a strategy that acts before the LLM"
+        )
+    if any(_slides(config)):
+        raise UnsupportedModelError(
+            f"strategy {strategy.name} acts inside the LLM, and {type(model).__name__} has layers "
+            "with a sliding window, whose caches do not tell which tokens they hold; expected a "
+            "strategy that acts before the LLM"
+        )
+    kind = config._attn_implementation
+    if kind not in MASKED and "flash" not in kind:
+        raise UnsupportedModelError(
+            f"strategy {strategy.name} acts inside the LLM, where it shortens attention masks, and "
+            f"the form of those of {kind} is not known; expected sdpa, eager or flash attention: "
+            'load the model with attn_implementation="sdpa"'
+        )
+
+
+def _slides(config: Any) -> list[bool]:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [getattr(config, "sliding_window", None) is not None]
+    return [not kind.startswith("full") for kind in kinds]
+
+
+@dataclass
+class _Row:
+    """What is left of one prompt. ``columns (n,)``: of the call; ``visual (V,)``: which of them.
+
+    ``fused``: the plans that have fused tokens so far, each with what applies it; ``first``: the
+    columns of the visual tokens that the first of them was for.
+    """
+
+    columns: Tensor
+    visual: Tensor
+    coords: Tensor
+    item: Tensor
+    sizes: Tensor
+    source: int
+    counts: list[int] = field(default_factory=list)
+    first: Tensor | None = None
+    fused: list[tuple[FusionPlan, Any]] = field(default_factory=list)
+
+
+@dataclass
+class _Call:
+    """One call of the decoder. ``past``: columns that its caches stand for. ``cache``: they.
+
+    ``rows``: the prompts, where this call reads them. ``kept``: for layers that have run, which
+    columns are left. ``short (B, S, D)``: what the last layer has made of them; ``whole``: the same
+    in its place among all, which the model has been given.
+    """
+
+    cache: Any
+    past: int
+    shape: tuple[int, int]
+    times: int
+    rows: list[_Row] | None
+    columns: Tensor | None = None
+    valid: Tensor | None = None
+    even: bool = True
+    kept: list[Kept] = field(default_factory=list)
+    short: Tensor | None = None
+    whole: Tensor | None = None
+    chosen: dict[int, list[Tensor]] = field(default_factory=dict)
+    read: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    # Layers get the same tensors, which are cut once for all of them. While one is held here, its
+    # id is nobody else's.
+    made: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """What the layers of one prompt have read: visual tokens and all tokens, by layer and row."""
+
+    visual: list[list[int]]
+    tokens: list[list[int]]
+    score_ms: float
+
+
+@contextmanager
+def layer_stage(model: Any, strategy: Strategy, turn: Turn | None) -> Iterator[LayerStage | None]:
+    """Cut the prompt of ``turn`` inside the LLM as the strategy says, within the block.
+
+    What a cache holds of earlier turns was cut already, and is read as it is. None where nothing is
+    cut. Calls in other threads, and those with another cache, are left alone.
+
+    Raises UnsupportedModelError where the layers ran without their hooks.
+    """
+    cuts = () if turn is None or turn.visuals is None else strategy.cuts()
+    if turn is None or (not cuts and turn.layers is None):
+        yield None
+        return
+    stage = LayerStage(model, strategy, cuts, turn)
+    with ExitStack() as hooks:
+        stage.place(hooks)
+        yield stage
+    if not stage.began:
+        raise UnsupportedModelError(
+            f"the layers of {type(model).__name__} ran without their hooks, so that strategy "
+            f"{strategy.name} had no effect; expected a model that was not compiled before: call "
+            "torch.compiler.reset(), attach, then compile"
+        )
+
+
+class LayerStage:
+    """The hooks of one call of a model's method."""
+
+    def __init__(
+        self, model: Any, strategy: Strategy, cuts: Sequence[LayerCut], turn: Turn
+    ) -> None:
+        self.model, self.strategy, self.turn = model, strategy, turn
+        self.cuts = {cut.layer: cut for cut in cuts}
+        self.layers = decoder_layers(model)
+        self.before = turn.layers or Layers(())
+        self.thread = threading.get_ident()
+        self.watch = Stopwatch(model.device)
+        self.began = False
+        self.cache: Any = None
+        self.call: _Call | None = None
+        self.read: _Call | None = None
+        """The last call that has read the prompt."""
+        self.heard: HeardKeys | None = None
+
+    def place(self, hooks: ExitStack) -> None:
+        """Register the hooks; ``hooks`` removes them."""
+        first = min([*self.cuts, *(kept.layer for kept in self.before.kept)])
+        for number, layer in enumerate(self.layers):
+            if number == 0 or number >= first:
+                before, after = _bound(self._before, number), _bound(self._after, number)
+                hooks.enter_context(layer.register_forward_pre_hook(before, with_kwargs=True))
+                hooks.enter_context(layer.register_forward_hook(after, with_kwargs=True))
+        for cut in self.cuts.values():
+            if not cut.own and (cut.queries or cut.keys):
+                attention = attention_of(self.layers[cut.layer - 1])[1]
+                before, after = _bound(self._listen, cut), _bound(self._score, cut)
+                hooks.enter_context(attention.register_forward_pre_hook(before, with_kwargs=True))
+                hooks.enter_context(attention.register_forward_hook(after, with_kwargs=True))
+
+    def after(self, turn: Turn) -> Turn:
+        """The turn, with what the caches hold of it since."""
+        return turn if self.read is None else replace(turn, visuals=None, layers=self._held_now)
+
+    @property
+    def _held_now(self) -> Layers:
+        """What the caches hold after the call that has read the prompt."""
+        kept = [] if self.read is None else self.read.kept
+        first = kept[0].layer if kept else len(self.layers)
+        return Layers((*(older for older in self.before.kept if older.layer < first), *kept))
+
+    @property
+    def counts(self) -> LayerCounts | None:
+        """What each layer has read of the prompt; None where no call has read it."""
+        if self.read is None or self.read.rows is None:
+            return None
+        rows, visuals = self.read.rows, self.turn.visuals
+        assert visuals is not None
+        more = [
+            length - count for length, count in zip(visuals.lengths, visuals.counts, strict=True)
+        ]
+        visual = [list(layer) for layer in zip(*(row.counts for row in rows), strict=True)]
+        tokens = [[v + m for v, m in zip(layer, more, strict=True)] for layer in visual]
+        # A lap ends before each score, and one after it.
+        return LayerCounts(visual, tokens, sum(self.watch.read()[1::2]))
+
+    # --- one call of the decoder -----------------------------------------------------------------
+
+    def _begin(self, hidden: Tensor, cache: Any) -> None:
+        """A call of the decoder begins: at the input of its first layer."""
+        if not self.began:
+            self.began, self.cache = True, cache
+        if cache is not self.cache:
+            # Another prompt, such as that of guidance.
+            self.call = None
+            return
+        if cache is not None:
+            self.before = self._held_now
+        past = 0 if cache is None else int(cache.get_seq_length())
+        shape = (hidden.shape[0], hidden.shape[1])
+        times = shape[0] // len(self.turn.ids)
+        rows = self._rows(past, shape[1])
+        self.call = _Call(cache, past, shape, times, rows)
+        if rows is not None:
+            self.read = self.call
+
+    def _rows(self, past: int, width: int) -> list[_Row] | None:
+        """The prompts, if a call reads them whose caches stand for ``past`` columns."""
+        visuals, length = self.turn.visuals, self.turn.ids.shape[1]
+        if visuals is None or not self.cuts or past >= length:
+            return None
+        if past + width < length:
+            raise PromptError(
+                f"the prompt is read in parts, and strategy {self.strategy.name} acts inside the "
+                "LLM, where it has to see the whole; expected no prefill_chunk_size: unset it"
+            )
+        more = past + width - length
+        real = torch.cat(
+            [self.turn.mask[:, past:] != 0, visuals.here.new_ones(len(self.turn.ids), more)], -1
+        )
+        columns, _ = pad_left(real, [count + more for count in visuals.lengths])
+        found = []
+        for row, (length, count) in enumerate(zip(visuals.lengths, visuals.counts, strict=True)):
+            own = columns[row, columns.shape[1] - length - more :]
+            here = torch.zeros_like(own, dtype=torch.bool)
+            here[:length] = visuals.here[row, past + own[:length]]
+            visual = true_indices(here, count)
+            at = past + own[visual]
+            found.append(
+                _Row(
+                    own,
+                    visual,
+                    visuals.coords[row, at],
+                    visuals.item[row, at],
+                    visuals.sizes[row, at],
+                    count,
+                )
+            )
+        return found
+
+    def _before(
+        self, number: int, layer: Any, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Before a layer: cut, and give it what is left."""
+        if threading.get_ident() != self.thread:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if number == 0:
+            self._begin(hidden, cache_of(kwargs))
+        call = self.call
+        if call is None:
+            return None
+        if call.rows is not None:
+            if number == 0:
+                self._choose(call, hidden)
+            if number in self.cuts:
+                hidden = self._cut(self.cuts[number], call, layer, hidden, kwargs)
+            elif call.columns is not None:
+                hidden = self._resume(call, hidden)
+            missing = number + 1 - len(call.rows[0].counts)
+            for row in call.rows:
+                row.counts += [len(row.visual)] * missing
+        if call.columns is None and self.before.at(number) is None:
+            return None
+        short = {name: self._short(name, value, call, number) for name, value in kwargs.items()}
+        rest = tuple(self._short("", value, call, number) for value in args[1:])
+        if args:
+            return (hidden, *rest), short
+        return rest, {**short, "hidden_states": hidden}
+
+    def _after(
+        self, number: int, layer: Any, args: Any, kwargs: dict[str, Any], *output: Any
+    ) -> Any:
+        """After a layer: put what it has made in its place among all."""
+        call = self.call
+        if threading.get_ident() != self.thread or not output or call is None:
+            return None
+        if call.columns is None:
+            return None
+        made = output[0]
+        short = made[0] if isinstance(made, tuple) else made
+        index = self._index(call)[..., None].expand_as(short)
+        whole = short.new_zeros(*call.shape, short.shape[-1]).scatter(1, index, short)
+        call.short, call.whole = short, whole
+        if number == len(self.layers) - 1:
+            call.short = call.whole = None
+        return (whole, *made[1:]) if isinstance(made, tuple) else whole
+
+    def _index(self, call: _Call) -> Tensor:
+        assert call.columns is not None
+        return call.columns.repeat_interleave(call.times, 0)
+
+    def _resume(self, call: _Call, hidden: Tensor) -> Tensor:
+        """What is left at the input of a layer, with what the model has added since the last."""
+        if hidden is call.whole:
+            assert call.short is not None
+            return call.short
+        short = hidden.gather(1, self._index(call)[..., None].expand(-1, -1, hidden.shape[-1]))
+        assert call.rows is not None
+        if call.whole is None or call.short is None or not any(row.fused for row in call.rows):
+            return short
+        # What has been added to tokens that are fused is fused like them. In place of those that
+        # are gone the model was given zeros, so that it is all that is there.
+        short, width = short.clone(), short.shape[1]
+        for number, row in enumerate(call.rows):
+            if row.first is None:
+                continue
+            left = width - len(row.columns)
+            for i in range(number * call.times, (number + 1) * call.times):
+                added = hidden[i, row.first] - call.whole[i, row.first]
+                for plan, fuse in row.fused:
+                    added = fuse(plan, added)
+                short[i, left + row.visual] = call.short[i, left + row.visual] + added
+        return short
+
+    # --- cuts ------------------------------------------------------------------------------------
+
+    def _choose(self, call: _Call, hidden: Tensor) -> None:
+        """Ask for the rows whose attention later cuts read, at the input of the first layer."""
+        assert call.rows is not None
+        for cut in self.cuts.values():
+            if cut.choose is None:
+                continue
+            call.chosen[cut.layer] = [
+                row.columns[cut.choose(self._view(call, row, hidden[i * call.times], 0))]
+                for i, row in enumerate(call.rows)
+            ]
+
+    def _view(self, call: _Call, row: _Row, states: Tensor, layer: int, **read: Any) -> LayerTokens:
+        """One prompt as a strategy sees it. ``states``: those of all columns of the call."""
+        visuals = self.turn.visuals
+        assert visuals is not None
+        return LayerTokens(
+            states=states if len(states) == len(row.columns) else states[row.columns],
+            visual=row.visual,
+            coords=row.coords,
+            item=row.item,
+            sizes=row.sizes,
+            grids=visuals.grids,
+            source=row.source,
+            layer=layer,
+            num_layers=len(self.layers),
+            counts=tuple(row.counts),
+            norm=getattr(self.model.get_decoder(), "norm", None),
+            **read,
+        )
+
+    def _cut(
+        self, cut: LayerCut, call: _Call, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The input of a layer after a cut: what is left, ``(B, S, D)``."""
+        assert call.rows is not None
+        self.watch.lap()
+        if call.columns is not None and hidden is not call.whole:
+            # The model has added something; where tokens are fused it belongs to what is left.
+            short = self._resume(call, hidden)
+            hidden = hidden.scatter(1, self._index(call)[..., None].expand_as(short), short)
+        if cut.own:
+            self._score_own(cut, call, layer, hidden, kwargs)
+        reads = call.read.pop(cut.layer, [{} for _ in call.rows])
+        changed = []
+        for i, row in enumerate(call.rows):
+            if not len(row.visual):
+                continue
+            states = hidden[i * call.times]
+            view = self._view(call, row, states, cut.layer, **reads[i])
+            plan = self._checked(cut.plan(view), row)
+            before = row.columns[row.visual]
+            _leave(row, plan, cut)
+            if cut.fuse is not None and not plan.is_identity:
+                changed.append((i, row, plan, before))
+        if all(len(row.visual) == row.counts[-1] for row in call.rows) and call.columns is None:
+            self.watch.lap()
+            return hidden
+        keep = torch.zeros(len(call.rows), call.shape[1], dtype=torch.bool, device=hidden.device)
+        for i, row in enumerate(call.rows):
+            keep[i, row.columns] = True
+        lengths = [len(row.columns) for row in call.rows]
+        call.columns, call.valid = pad_left(keep, lengths)
+        call.even = min(lengths) == max(lengths)
+        call.made.clear()
+        call.kept.append(self._kept(call, cut.layer))
+        index = self._index(call)[..., None].expand(-1, -1, hidden.shape[-1])
+        short = hidden.gather(1, index)
+        for i, row, plan, before in changed:
+            assert cut.fuse is not None
+            if row.first is None:
+                row.first = before
+            row.fused.append((plan, cut.fuse))
+            at = short.shape[1] - len(row.columns) + row.visual
+            for j in range(i * call.times, (i + 1) * call.times):
+                fused = cut.fuse(plan, hidden[j, before])
+                short = short.index_put(
+                    (torch.tensor(j, device=at.device), at), fused.to(short.dtype)
+                )
+        self.watch.lap()
+        return short
+
+    def _checked(self, plan: FusionPlan, row: _Row) -> FusionPlan:
+        if not isinstance(plan, FusionPlan):
+            raise PlanError(
+                f"strategy {self.strategy.name} returned a {type(plan).__name__} as its plan; "
+                "expected a FusionPlan"
+            )
+        try:
+            plan.check(len(row.visual))
+        except PlanError as error:
+            raise PlanError(f"strategy {self.strategy.name}: {error}") from error
+        return plan
+
+    def _kept(self, call: _Call, number: int) -> Kept:
+        """What the caches of the layers from one on hold after this call."""
+        assert call.columns is not None
+        assert call.valid is not None
+        columns, valid = call.past + call.columns, call.valid
+        before, whole = self.before.at(number), call.even
+        if before is not None:
+            older, counts = before.until(call.past)
+            whole = whole and before.whole
+        elif call.past:
+            older = torch.arange(call.past, device=columns.device).expand(len(columns), -1)
+            counts = torch.ones_like(older, dtype=torch.bool)
+        if before is not None or call.past:
+            columns, valid = torch.cat([older, columns], -1), torch.cat([counts, valid], -1)
+        return Kept(number, columns, valid, call.past + call.shape[1], whole)
+
+    # --- scores ----------------------------------------------------------------------------------
+
+    def _listen(
+        self, cut: LayerCut, module: Any, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Before the attention that a cut is decided by: hear its keys."""
+        call = self.call
+        if threading.get_ident() != self.thread or call is None or call.rows is None:
+            return None
+        name = next((name for name in CACHES if name in kwargs), None)
+        if name is None:
+            raise UnsupportedModelError(
+                f"a {type(module).__name__} is called without a cache by name, so that its keys "
+                "cannot be read; expected a decoder of transformers"
+            )
+        self.heard, call_with = hearing(kwargs, name)
+        return args, call_with
+
+    def _score(
+        self, cut: LayerCut, module: Any, args: Any, kwargs: dict[str, Any], *output: Any
+    ) -> None:
+        """After the attention that a cut is decided by: read it."""
+        call = self.call
+        if threading.get_ident() != self.thread or call is None or call.rows is None:
+            return
+        if not output or self.heard is None or self.heard.keys is None:
+            return
+        self.watch.lap()
+        keys, self.heard = self.heard.keys, None
+        given = {**kwargs, "hidden_states": args[0]} if args else kwargs
+        mask = given.get("attention_mask")
+        past = self._held(call, cut.layer - 1)
+        found: list[dict[str, Any]] = []
+        for i, row in enumerate(call.rows):
+            at, places = i * call.times, self._places(call, row)
+            read: dict[str, Any] = {}
+            if cut.keys:
+                read["keys"] = keys[at][:, past + places].transpose(0, 1)
+            if cut.queries is not None:
+                read |= self._read(
+                    cut,
+                    call,
+                    i,
+                    places,
+                    lambda where, i=at: given_rows(module, given, i, where),
+                    lambda where, i=at: visible_rows(mask, i, where, past, keys.shape[2]),
+                    keys[at],
+                    past,
+                )
+            pair = given.get("position_embeddings")
+            if cut.queries == "chosen" and isinstance(pair, tuple | list):
+                # (..., n, d), with or without a batch.
+                read["rope"] = tuple(
+                    (x[min(at, len(x) - 1)] if x.ndim == 3 else x)[places] for x in pair
+                )
+            found.append(read)
+        call.read[cut.layer] = found
+        self.watch.lap()
+
+    def _score_own(
+        self, cut: LayerCut, call: _Call, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        """Read the attention of the layer at the input of which a cut is, before it runs."""
+        assert call.rows is not None
+        name, module = attention_of(layer)
+        found: list[dict[str, Any]] = []
+        for i, row in enumerate(call.rows):
+            if not len(row.visual):
+                found.append({})
+                continue
+            at = i * call.times
+            given = _arguments_of(layer, name, hidden, kwargs, at, row.columns, call.shape)
+            every = torch.arange(len(row.columns), device=hidden.device)
+            _, keys, _, _ = all_rows(module, given, 0, every)
+            found.append(
+                self._read(
+                    cut,
+                    call,
+                    i,
+                    every,
+                    lambda where, given=given: given_rows(module, given, 0, where),
+                    lambda where, n=keys.shape[1]: visible_rows(None, 0, where, 0, n),
+                    keys,
+                    0,
+                )
+            )
+        call.read[cut.layer] = found
+
+    def _read(
+        self,
+        cut: LayerCut,
+        call: _Call,
+        number: int,
+        places: Tensor,
+        given: Any,
+        visible: Any,
+        keys: Tensor,
+        past: int,
+    ) -> dict[str, Any]:
+        """The attention that a cut asks for, of one prompt whose tokens stand in ``places``."""
+        assert call.rows is not None
+        row = call.rows[number]
+        own = past + places
+        if cut.queries == "all":
+            queries, _, scale, softcap = given(places)
+            received = received_attention(
+                queries, keys, scale, lambda part: visible(places[part]), softcap
+            )
+            return {"received": received[own]}
+        if cut.queries == "chosen":
+            # No cut removes text, so that they are still there.
+            asked = torch.searchsorted(row.columns, call.chosen[cut.layer][number])
+        else:
+            # The prompt's last token; without a cache, that of the answer so far.
+            end = len(row.columns) - 1
+            if call.cache is not None:
+                end -= call.past + call.shape[1] - self.turn.ids.shape[1]
+            asked = torch.tensor([end], device=places.device)
+        where = places[asked]
+        queries, _, scale, softcap = given(where)
+        rows = row_attention(queries, keys, scale, visible(where), softcap)
+        return {"attention": rows[:, :, own]}
+
+    def _places(self, call: _Call, row: _Row) -> Tensor:
+        """Where the tokens of a prompt stand in what the layers read now."""
+        if call.columns is None:
+            return row.columns
+        left, width = call.columns.shape[1] - len(row.columns), call.columns.shape[1]
+        return torch.arange(left, width, device=row.columns.device)
+
+    def _held(self, call: _Call, number: int) -> int:
+        """How many entries the cache of a layer has held before this call."""
+        before = self.before.at(number)
+        if before is None:
+            return call.past
+        return before.columns.shape[1] + call.past - before.length
+
+    # --- what layers are called with -------------------------------------------------------------
+
+    def _short(self, name: str, value: Any, call: _Call, number: int) -> Any:
+        """An argument of a layer for what is left."""
+        if name in CACHES or (value is None and name != "attention_mask"):
+            return value
+        if name == "attention_mask":
+            return self._mask(value, call, number)
+        if name == "cache_position":
+            width = call.shape[1] if call.columns is None else call.columns.shape[1]
+            return self._held(call, number) + torch.arange(width, device=value.device)
+        if call.columns is None or not isinstance(value, Tensor | tuple | list):
+            return value
+        key = ("", id(value))
+        if key not in call.made:
+            index = self._index(call)
+
+            def pick(x: Tensor, batch: int, columns: int) -> Tensor:
+                if x.ndim < -batch:
+                    x = x.expand(1, *x.shape)
+                shape = list(x.shape)
+                shape[batch] = len(index)
+                shape[columns] = index.shape[1]
+                x = x.expand(
+                    [n if i == columns % x.ndim else shape[i] for i, n in enumerate(x.shape)]
+                )
+                view = [1] * x.ndim
+                view[batch], view[columns] = index.shape
+                return x.gather(columns, index.view(view).expand(shape))
+
+            call.made[key] = (value, along(name, value, call.shape, pick))
+        return call.made[key][1]
+
+    def _mask(self, mask: Any, call: _Call, number: int) -> Any:
+        """The mask of a layer for the queries that are left and what its cache then holds."""
+        held, before = self._held(call, number), self.before.at(number)
+        width = call.shape[1] if call.columns is None else call.columns.shape[1]
+        total = held + width
+        if call.cache is not None:
+            total = int(call.cache.get_mask_sizes(width, number)[0])
+        since = before.layer if before is not None else 0
+        key = (id(mask), since, total, held)
+        if key not in call.made:
+            call.made[key] = (mask, self._cut_mask(mask, call, before, held, total))
+        return call.made[key][1]
+
+    def _cut_mask(self, mask: Any, call: _Call, before: Kept | None, held: int, total: int) -> Any:
+        rows, device = len(self.turn.ids), self.turn.ids.device
+        queries = call.columns
+        if queries is None:
+            queries = torch.arange(call.shape[1], device=device).expand(rows, -1)
+        whole = call.even and (before is None or before.whole)
+        if mask is None and whole and (held == 0 or queries.shape[1] == 1 or self._flash):
+            return None
+        queries = call.past + queries
+        # The column that each entry of the cache stands for, and whether it counts.
+        if before is None:
+            keys = torch.arange(call.past, device=device).expand(rows, -1)
+            counts = torch.ones_like(keys, dtype=torch.bool)
+        else:
+            keys, counts = before.until(call.past)
+        new = torch.ones_like(queries, dtype=torch.bool) if call.valid is None else call.valid
+        keys, counts = torch.cat([keys, queries], -1), torch.cat([counts, new], -1)
+        missing = total - keys.shape[1]
+        keys = nn.functional.pad(keys, (0, missing))
+        counts = nn.functional.pad(counts, (0, missing))
+        queries, keys, counts, new = (
+            x.repeat_interleave(call.times, 0) for x in (queries, keys, counts, new)
+        )
+        if mask is not None and mask.ndim == 2:
+            return torch.where(counts, mask.gather(-1, keys), 0)
+        if mask is None:
+            if self._flash:
+                return counts.long()
+            seen = (keys[:, None, None] <= queries[:, None, :, None]) & counts[:, None, None]
+            return self._formed(_own(seen, new, held))
+        mask = mask.expand(len(keys), -1, call.shape[1], -1)
+        at = (queries - call.past)[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+        part = mask.gather(2, at)
+        part = part.gather(3, keys[:, None, None].expand(-1, part.shape[1], part.shape[2], -1))
+        if part.dtype == torch.bool:
+            return _own(part & counts[:, None, None], new, held)
+        lowest = torch.finfo(part.dtype).min
+        part = part.masked_fill(~counts[:, None, None], lowest)
+        own = _own(torch.zeros_like(part, dtype=torch.bool), new, held)
+        return part.masked_fill(own, 0)
+
+    @property
+    def _flash(self) -> bool:
+        return "flash" in self.model.config.get_text_config()._attn_implementation
+
+    def _formed(self, seen: Tensor) -> Tensor:
+        """A mask of bools as this model's attention takes it."""
+        if self.model.config.get_text_config()._attn_implementation != "eager":
+            return seen
+        dtype = self.model.get_input_embeddings().weight.dtype
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def _own(seen: Tensor, valid: Tensor, held: int) -> Tensor:
+    """``seen (B, 1, Q, K)``, where padding sees itself: a row without a key would be NaN.
+
+    ``valid (B, Q)``: which queries are no padding. ``held``: the entry of the first query.
+    """
+    place = held + torch.arange(valid.shape[1], device=valid.device)
+    own = torch.arange(seen.shape[-1], device=valid.device) == place[:, None]
+    return seen | (own & ~valid[:, :, None])[:, None]
+
+
+def _leave(row: _Row, plan: FusionPlan, cut: LayerCut) -> None:
+    """Take what a plan removes out of a prompt."""
+    if plan.is_identity:
+        return
+    count = len(row.columns) - plan.num_source + plan.num_kept
+    stays = torch.ones_like(row.columns, dtype=torch.bool)
+    stays[row.visual] = plan.keep_mask
+    visual = torch.zeros_like(stays)
+    visual[row.visual] = True
+    left = true_indices(stays, count)
+    row.columns = row.columns[left]
+    row.visual = true_indices(visual[left], plan.num_kept)
+    row.coords, row.item = plan.select(row.coords), plan.select(row.item)
+    if cut.fuse is None:
+        row.sizes = plan.select(row.sizes)
+    else:
+        slots = torch.where(plan.target == DROPPED, plan.num_kept, plan.target)
+        total = row.sizes.new_zeros(plan.num_kept + 1)
+        row.sizes = total.index_add(0, slots, row.sizes)[:-1]
+
+
+class _Reached(Exception):
+    """Carries what a layer calls its attention with out of it."""
+
+    def __init__(self, call: dict[str, Any]) -> None:
+        super().__init__()
+        self.call = call
+
+
+class _Stop(nn.Module):
+    """Stands for an attention, and goes no further."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Reached({**kwargs, "hidden_states": args[0]} if args else kwargs)
+
+
+def _arguments_of(
+    layer: Any,
+    name: str,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    row: int,
+    columns: Tensor,
+    shape: tuple[int, int],
+) -> dict[str, Any]:
+    """What a layer would call its attention with, for some columns of one row. It stays as it is.
+
+    ``name``: that of the attention in the layer.
+    """
+    some = {
+        key: chosen_places(key, value, shape, row, columns)
+        for key, value in kwargs.items()
+        if key not in (*CACHES, "attention_mask", "hidden_states")
+    }
+    twin = object.__new__(type(layer))
+    vars(twin).update(vars(layer))
+    vars(twin)["_modules"] = {**layer._modules, name: _Stop()}
+    try:
+        type(layer).forward(twin, hidden[row : row + 1, columns], attention_mask=None, **some)
+    except _Reached as reached:
+        return reached.call
+    raise UnsupportedModelError(
+        f"a {type(layer).__name__} does not call its attention, so that it cannot be scored; "
+        "expected a strategy that reads none, such as uniform with a layer"
+    )
+
+
+def _bound(call: Any, first: Any) -> Hook:
+    """A hook that calls ``call(first, module, args, kwargs, ...)``."""
+    return Hook(lambda *given: call(first, *given), with_kwargs=True)

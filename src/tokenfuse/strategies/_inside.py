@@ -1,0 +1,130 @@
+"""Bases of the strategies that act at decoder layers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from math import prod
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field, field_validator, model_validator
+
+from tokenfuse.errors import ConfigError
+from tokenfuse.ops.select import budget
+from tokenfuse.plan import FusionPlan
+from tokenfuse.strategies._base import Budgeted, Stage, Strategy
+from tokenfuse.strategies._layers import LayerCut, LayerTokens
+from tokenfuse.tokens import Grid, Modality, VisualTokens
+
+Layer = Annotated[
+    int,
+    Field(
+        ge=1,
+        description="decoder layer, counted from 0, whose input is cut; those before it read all",
+    ),
+]
+
+
+class InsideOnly(Strategy):
+    """A strategy that acts at decoder layers; before the LLM every token stays.
+
+    A subclass writes ``cuts``.
+    """
+
+    stage: ClassVar[Stage] = "llm"
+
+    def plan(self, tokens: VisualTokens) -> FusionPlan:
+        raise ConfigError(
+            f"strategy {self.name} acts at decoder layers, by what the model has made of the "
+            "prompt there; expected attach(model, ...): bare tokens are not enough"
+        )
+
+    def for_modality(self, modality: Modality) -> Strategy | None:
+        return None
+
+
+class Scheduled(InsideOnly):
+    """A strategy that acts at several layers, with a share of the first count at each."""
+
+    layers: tuple[Layer, ...] = Field(min_length=1, description="decoder layers, rising")
+    keep_ratio: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        description="share of the visual tokens of the prompt that is left from each of the layers "
+        "on; it never rises"
+    )
+
+    @field_validator("layers", "keep_ratio", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        # YAML and JSON have lists; one layer is often written without.
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = (value,)
+        if isinstance(value, list):
+            value = tuple(value)
+        if isinstance(value, tuple):
+            value = tuple(
+                int(x) if isinstance(x, float) and x.is_integer() and x > 1 else x for x in value
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _schedule(self) -> Scheduled:
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(
+                f"layers: {list(self.layers)} do not rise; expected {sorted(set(self.layers))}"
+            )
+        ratios = self.keep_ratio
+        if len(ratios) != len(self.layers):
+            raise ValueError(
+                f"keep_ratio has {len(ratios)} value(s) for {len(self.layers)} layer(s); expected "
+                "one for each"
+            )
+        if list(ratios) != sorted(ratios, reverse=True):
+            raise ValueError(
+                f"keep_ratio: {list(ratios)} grows from layer to layer, and what is gone does not "
+                f"come back; expected {sorted(ratios, reverse=True)}"
+            )
+        return self
+
+
+class PerhapsInside(Budgeted):
+    """A strategy that acts before the LLM, or with ``layer`` at a decoder layer instead.
+
+    A subclass writes ``choose``, and ``choose_inside``.
+    """
+
+    layer: Layer | None = Field(
+        None,
+        description="decoder layer, counted from 0, at whose input the strategy acts instead of "
+        "before the LLM",
+    )
+
+    @abstractmethod
+    def choose_inside(self, tokens: LayerTokens, count: int) -> FusionPlan:
+        """The plan with ``count`` survivors for the visual tokens at the layer."""
+
+    def plan(self, tokens: VisualTokens) -> FusionPlan:
+        if self.layer is not None:
+            raise ConfigError(
+                f"strategy {self.name} has layer: {self.layer}, and so acts inside the LLM; "
+                "expected attach(model, ...), or no layer"
+            )
+        return super().plan(tokens)
+
+    def for_modality(self, modality: Modality) -> Strategy | None:
+        return self if self.layer is None else None
+
+    def num_kept(self, grid: Grid) -> int | None:
+        return super().num_kept(grid) if self.layer is None else prod(grid)
+
+    def cuts(self) -> tuple[LayerCut, ...]:
+        return () if self.layer is None else (self._cut(self.layer),)
+
+    def _cut(self, layer: int) -> LayerCut:
+        return LayerCut(layer, self._plan_inside)
+
+    @torch.no_grad()
+    def _plan_inside(self, tokens: LayerTokens) -> FusionPlan:
+        count = budget(self.keep_ratio or 1.0, tokens.num_visual)
+        if count == tokens.num_visual:
+            return FusionPlan.identity(count, tokens.states.device)
+        return self.choose_inside(tokens, count)
