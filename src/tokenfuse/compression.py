@@ -222,7 +222,7 @@ def compress_prompt(
     """
     watch = Stopwatch(adapter.model.device)
     strategy = configuration.strategy
-    inside = bool(strategy.cuts())
+    inside = bool(strategy.cuts()) or strategy.cache_pruning() is not None
     if not prompt.shows:
         return _unchanged(adapter, prompt, configuration, observe)
     if encoded is None:
@@ -461,7 +461,7 @@ def _visuals(
     here = torch.zeros_like(prompt.ids, dtype=torch.bool)
     place = prompt.ids.new_zeros(rows, length, 5)
     grids: list[Grid] = []
-    counts = [0] * rows
+    counts, originals = [0] * rows, [0] * rows
     for part in encoded:
         plans = made[part.modality]
         found = []
@@ -476,6 +476,7 @@ def _visuals(
             found.append(every.index_copy(0, span.tokens(every.device), own))
             grids.append(tokens.grid)
             counts[row] += plan.num_kept
+            originals[row] += plan.num_source
         values = torch.cat(found)
         here = prompt.in_place(part.modality, values[:, 3] >= 0, held, here)
         place = prompt.in_place(part.modality, values, held, place)
@@ -489,6 +490,7 @@ def _visuals(
         place[..., 4],
         tuple(grids),
         tuple(counts),
+        tuple(originals),
         tuple(lengths),
     )
 

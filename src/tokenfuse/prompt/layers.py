@@ -18,8 +18,9 @@ class Visuals:
 
     ``here (B, L)``: which columns hold one. ``coords (B, L, 3)``: its frame, row and column.
     ``item (B, L)``: the number of its image or video, an index into ``grids``. ``sizes (B, L)``:
-    how many tokens it stands for. ``counts``: how many each row has. ``lengths``: how many tokens
-    that are no padding each row has, the new ones alone where a cache holds the beginning.
+    how many tokens it stands for. ``counts``: how many each row has, ``originals``: of how many
+    that the vision tower has made. ``lengths``: how many tokens that are no padding each row has,
+    the new ones alone where a cache holds the beginning.
     """
 
     here: Bool[Tensor, "B L"]
@@ -28,6 +29,7 @@ class Visuals:
     sizes: Int[Tensor, "B L"]
     grids: tuple[Grid, ...]
     counts: tuple[int, ...]
+    originals: tuple[int, ...]
     lengths: tuple[int, ...]
 
 
@@ -58,9 +60,13 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class Layers:
-    """What the caches of all layers hold, in ascending order of layers; none before the first."""
+    """What the caches of all layers hold, in ascending order of layers; none before the first.
+
+    ``visual``: for each row the columns of its visual tokens, where pruning while answering asks.
+    """
 
     kept: tuple[Kept, ...]
+    visual: tuple[Int[Tensor, " V"], ...] = ()
 
     def at(self, layer: int) -> Kept | None:
         """What the cache of one layer holds, None where that is all."""
@@ -76,7 +82,8 @@ class Layers:
                     valid=kept.valid.repeat_interleave(times, 0),
                 )
                 for kept in self.kept
-            )
+            ),
+            tuple(visual for visual in self.visual for _ in range(times)),
         )
 
 

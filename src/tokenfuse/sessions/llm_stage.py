@@ -25,6 +25,7 @@ from tokenfuse.plan import DROPPED, FusionPlan
 from tokenfuse.prompt.cache import CACHES, cache_of
 from tokenfuse.prompt.layers import Kept, Layers, pad_left
 from tokenfuse.prompt.turn import Turn
+from tokenfuse.sessions._masks import Entries, cut_mask
 from tokenfuse.sessions._rows import (
     HeardKeys,
     all_rows,
@@ -35,7 +36,7 @@ from tokenfuse.sessions._rows import (
     visible_rows,
 )
 from tokenfuse.strategies._base import Strategy
-from tokenfuse.strategies._layers import LayerCut, LayerTokens
+from tokenfuse.strategies._layers import CachePruning, LayerCut, LayerTokens, StepState
 
 MASKED = ("sdpa", "eager")
 """Attention implementations of transformers that take a mask for each query and key."""
@@ -124,6 +125,7 @@ class _Row:
     coords: Tensor
     item: Tensor
     sizes: Tensor
+    original: int
     source: int
     counts: list[int] = field(default_factory=list)
     first: Tensor | None = None
@@ -135,7 +137,8 @@ class _Call:
     """One call of the decoder. ``past``: columns that its caches stand for. ``cache``: they.
 
     ``rows``: the prompts, where this call reads them. ``kept``: for layers that have run, which
-    columns are left. ``short (B, S, D)``: what the last layer has made of them; ``whole``: the same
+    columns are left. ``unread (B, W)``: which columns the layers that prune do not read. ``short
+    (B, S, D)``: what the last layer has made of them; ``whole``: the same
     in its place among all, which the model has been given.
     """
 
@@ -150,6 +153,7 @@ class _Call:
     kept: list[Kept] = field(default_factory=list)
     short: Tensor | None = None
     whole: Tensor | None = None
+    unread: Tensor | None = None
     chosen: dict[int, list[Tensor]] = field(default_factory=dict)
     read: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     # Layers get the same tensors, which are cut once for all of them. While one is held here, its
@@ -175,11 +179,12 @@ def layer_stage(model: Any, strategy: Strategy, turn: Turn | None) -> Iterator[L
 
     Raises UnsupportedModelError where the layers ran without their hooks.
     """
-    cuts = () if turn is None or turn.visuals is None else strategy.cuts()
-    if turn is None or (not cuts and turn.layers is None):
+    new = turn is not None and turn.visuals is not None
+    cuts, pruning = strategy.cuts() if new else (), strategy.cache_pruning()
+    if turn is None or (not new and turn.layers is None):
         yield None
         return
-    stage = LayerStage(model, strategy, cuts, turn)
+    stage = LayerStage(model, strategy, cuts, pruning, turn)
     with ExitStack() as hooks:
         stage.place(hooks)
         yield stage
@@ -195,11 +200,21 @@ class LayerStage:
     """The hooks of one call of a model's method."""
 
     def __init__(
-        self, model: Any, strategy: Strategy, cuts: Sequence[LayerCut], turn: Turn
+        self,
+        model: Any,
+        strategy: Strategy,
+        cuts: Sequence[LayerCut],
+        pruning: CachePruning | None,
+        turn: Turn,
     ) -> None:
         self.model, self.strategy, self.turn = model, strategy, turn
         self.cuts = {cut.layer: cut for cut in cuts}
+        self.pruning = pruning
+        self.states: list[StepState] = []
+        """What pruning remembers of each row from step to step."""
         self.layers = decoder_layers(model)
+        self.kind = model.config.get_text_config()._attn_implementation
+        self.dtype = model.get_input_embeddings().weight.dtype
         self.before = turn.layers or Layers(())
         self.thread = threading.get_ident()
         self.watch = Stopwatch(model.device)
@@ -212,7 +227,14 @@ class LayerStage:
 
     def place(self, hooks: ExitStack) -> None:
         """Register the hooks; ``hooks`` removes them."""
-        first = min([*self.cuts, *(kept.layer for kept in self.before.kept)])
+        acts = [*self.cuts, *(kept.layer for kept in self.before.kept)]
+        if self.pruning is not None:
+            acts.append(self.pruning.layer)
+            attention = attention_of(self.layers[self.pruning.layer - 1])[1]
+            before, after = _bound(self._listen_step, None), _bound(self._choose_read, None)
+            hooks.enter_context(attention.register_forward_pre_hook(before, with_kwargs=True))
+            hooks.enter_context(attention.register_forward_hook(after, with_kwargs=True))
+        first = min(acts, default=0)
         for number, layer in enumerate(self.layers):
             if number == 0 or number >= first:
                 before, after = _bound(self._before, number), _bound(self._after, number)
@@ -234,7 +256,16 @@ class LayerStage:
         """What the caches hold after the call that has read the prompt."""
         kept = [] if self.read is None else self.read.kept
         first = kept[0].layer if kept else len(self.layers)
-        return Layers((*(older for older in self.before.kept if older.layer < first), *kept))
+        visual = self.before.visual
+        if self.read is not None and self.read.rows is not None and self.pruning is not None:
+            new = [self.read.past + row.columns[row.visual] for row in self.read.rows]
+            old = visual or [columns[:0] for columns in new]
+            visual = tuple(
+                torch.cat([a[a < self.read.past], b]) for a, b in zip(old, new, strict=True)
+            )
+        return Layers(
+            (*(older for older in self.before.kept if older.layer < first), *kept), visual
+        )
 
     @property
     def counts(self) -> LayerCounts | None:
@@ -274,7 +305,7 @@ class LayerStage:
     def _rows(self, past: int, width: int) -> list[_Row] | None:
         """The prompts, if a call reads them whose caches stand for ``past`` columns."""
         visuals, length = self.turn.visuals, self.turn.ids.shape[1]
-        if visuals is None or not self.cuts or past >= length:
+        if visuals is None or past >= length:
             return None
         if past + width < length:
             raise PromptError(
@@ -300,6 +331,7 @@ class LayerStage:
                     visuals.coords[row, at],
                     visuals.item[row, at],
                     visuals.sizes[row, at],
+                    visuals.originals[row],
                     count,
                 )
             )
@@ -327,7 +359,7 @@ class LayerStage:
             missing = number + 1 - len(call.rows[0].counts)
             for row in call.rows:
                 row.counts += [len(row.visual)] * missing
-        if call.columns is None and self.before.at(number) is None:
+        if call.columns is None and self.before.at(number) is None and call.unread is None:
             return None
         short = {name: self._short(name, value, call, number) for name, value in kwargs.items()}
         rest = tuple(self._short("", value, call, number) for value in args[1:])
@@ -404,6 +436,7 @@ class LayerStage:
             item=row.item,
             sizes=row.sizes,
             grids=visuals.grids,
+            original=row.original,
             source=row.source,
             layer=layer,
             num_layers=len(self.layers),
@@ -500,6 +533,8 @@ class LayerStage:
         call = self.call
         if threading.get_ident() != self.thread or call is None or call.rows is None:
             return None
+        if not self._asked(cut, call):
+            return None
         name = next((name for name in CACHES if name in kwargs), None)
         if name is None:
             raise UnsupportedModelError(
@@ -516,10 +551,10 @@ class LayerStage:
         call = self.call
         if threading.get_ident() != self.thread or call is None or call.rows is None:
             return
-        if not output or self.heard is None or self.heard.keys is None:
+        keys = self._take_keys()
+        if not output or keys is None:
             return
         self.watch.lap()
-        keys, self.heard = self.heard.keys, None
         given = {**kwargs, "hidden_states": args[0]} if args else kwargs
         mask = given.get("attention_mask")
         past = self._held(call, cut.layer - 1)
@@ -612,7 +647,19 @@ class LayerStage:
         where = places[asked]
         queries, _, scale, softcap = given(where)
         rows = row_attention(queries, keys, scale, visible(where), softcap)
-        return {"attention": rows[:, :, own]}
+        return {"attention": rows[:, :, own], "rows": asked}
+
+    def _take_keys(self) -> Tensor | None:
+        """The keys that have been heard last, once."""
+        heard, self.heard = self.heard, None
+        return None if heard is None else heard.keys
+
+    def _asked(self, cut: LayerCut, call: _Call) -> bool:
+        """Whether a cut reads attention or keys of this call."""
+        assert call.rows is not None
+        return cut.asks is None or any(
+            cut.asks(tuple(row.counts), row.original, len(self.layers)) for row in call.rows
+        )
 
     def _places(self, call: _Call, row: _Row) -> Tensor:
         """Where the tokens of a prompt stand in what the layers read now."""
@@ -628,6 +675,58 @@ class LayerStage:
             return call.past
         return before.columns.shape[1] + call.past - before.length
 
+    # --- reading the cache in part ---------------------------------------------------------------
+
+    def _listen_step(
+        self, _: None, module: Any, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
+        """Before the attention that tells what a step reads: hear its keys."""
+        call = self.call
+        if threading.get_ident() != self.thread or call is None or not self._steps(call):
+            return None
+        self.heard, call_with = hearing(kwargs, next(name for name in CACHES if name in kwargs))
+        return args, call_with
+
+    def _choose_read(
+        self, _: None, module: Any, args: Any, kwargs: dict[str, Any], *output: Any
+    ) -> None:
+        """After that attention: choose what the later layers read of the cache."""
+        call = self.call
+        if threading.get_ident() != self.thread or call is None or not output:
+            return
+        keys = self._take_keys()
+        if keys is None or self.pruning is None or not self._steps(call):
+            return
+        given = {**kwargs, "hidden_states": args[0]} if args else kwargs
+        number, width = self.pruning.layer - 1, call.past + call.shape[1]
+        held, before = self._held(call, number), self.before.at(number)
+        rows = call.shape[0]
+        if len(self.states) != rows:
+            self.states = [StepState() for _ in range(rows)]
+        place = torch.zeros(1, dtype=torch.long, device=keys.device)
+        unread: Tensor = torch.zeros(rows, width, dtype=torch.bool, device=keys.device)
+        for i in range(rows):
+            own = keys[i]
+            columns = self.before.visual[i // call.times]
+            if not len(columns):
+                continue
+            queries, _, scale, softcap = given_rows(module, given, i, place)
+            visible = visible_rows(given.get("attention_mask"), i, place, held, own.shape[1])
+            weights = row_attention(queries, own, scale, visible, softcap)[:, 0].mean(0)
+            entries = columns
+            if before is not None:
+                stands, counts = before.until(call.past)
+                stands, counts = stands[i // call.times], counts[i // call.times]
+                index = torch.arange(len(stands), device=keys.device)
+                entries = index.new_zeros(width).scatter(0, stands[counts], index[counts])[columns]
+            read = self.pruning.choose(weights[entries], self.states[i])
+            unread[i] = unread[i].scatter(0, columns, ~read)
+        call.unread = unread
+
+    def _steps(self, call: _Call) -> bool:
+        """Whether a call is a step of an answer."""
+        return call.rows is None and call.shape[1] == 1 and bool(self.before.visual)
+
     # --- what layers are called with -------------------------------------------------------------
 
     def _short(self, name: str, value: Any, call: _Call, number: int) -> Any:
@@ -637,8 +736,7 @@ class LayerStage:
         if name == "attention_mask":
             return self._mask(value, call, number)
         if name == "cache_position":
-            width = call.shape[1] if call.columns is None else call.columns.shape[1]
-            return self._held(call, number) + torch.arange(width, device=value.device)
+            return self._held(call, number) + torch.arange(self._width(call), device=value.device)
         if call.columns is None or not isinstance(value, Tensor | tuple | list):
             return value
         key = ("", id(value))
@@ -664,77 +762,38 @@ class LayerStage:
     def _mask(self, mask: Any, call: _Call, number: int) -> Any:
         """The mask of a layer for the queries that are left and what its cache then holds."""
         held, before = self._held(call, number), self.before.at(number)
-        width = call.shape[1] if call.columns is None else call.columns.shape[1]
-        total = held + width
+        total = held + self._width(call)
         if call.cache is not None:
-            total = int(call.cache.get_mask_sizes(width, number)[0])
-        since = before.layer if before is not None else 0
-        key = (id(mask), since, total, held)
+            total = int(call.cache.get_mask_sizes(self._width(call), number)[0])
+        prunes = self.pruning is not None and number >= self.pruning.layer
+        key = (id(mask), before and before.layer, total, held, prunes)
         if key not in call.made:
-            call.made[key] = (mask, self._cut_mask(mask, call, before, held, total))
+            entries = Entries.of(
+                before,
+                call.past,
+                call.shape[1],
+                len(self.turn.ids),
+                call.columns,
+                call.valid,
+                call.even,
+                self.turn.ids.device,
+            )
+            call.made[key] = (
+                mask,
+                cut_mask(
+                    mask,
+                    entries.repeat(call.times),
+                    total,
+                    kind=self.kind,
+                    dtype=self.dtype,
+                    unread=call.unread if prunes else None,
+                ),
+            )
         return call.made[key][1]
 
-    def _cut_mask(self, mask: Any, call: _Call, before: Kept | None, held: int, total: int) -> Any:
-        rows, device = len(self.turn.ids), self.turn.ids.device
-        queries = call.columns
-        if queries is None:
-            queries = torch.arange(call.shape[1], device=device).expand(rows, -1)
-        whole = call.even and (before is None or before.whole)
-        if mask is None and whole and (held == 0 or queries.shape[1] == 1 or self._flash):
-            return None
-        queries = call.past + queries
-        # The column that each entry of the cache stands for, and whether it counts.
-        if before is None:
-            keys = torch.arange(call.past, device=device).expand(rows, -1)
-            counts = torch.ones_like(keys, dtype=torch.bool)
-        else:
-            keys, counts = before.until(call.past)
-        new = torch.ones_like(queries, dtype=torch.bool) if call.valid is None else call.valid
-        keys, counts = torch.cat([keys, queries], -1), torch.cat([counts, new], -1)
-        missing = total - keys.shape[1]
-        keys = nn.functional.pad(keys, (0, missing))
-        counts = nn.functional.pad(counts, (0, missing))
-        queries, keys, counts, new = (
-            x.repeat_interleave(call.times, 0) for x in (queries, keys, counts, new)
-        )
-        if mask is not None and mask.ndim == 2:
-            return torch.where(counts, mask.gather(-1, keys), 0)
-        if mask is None:
-            if self._flash:
-                return counts.long()
-            seen = (keys[:, None, None] <= queries[:, None, :, None]) & counts[:, None, None]
-            return self._formed(_own(seen, new, held))
-        mask = mask.expand(len(keys), -1, call.shape[1], -1)
-        at = (queries - call.past)[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
-        part = mask.gather(2, at)
-        part = part.gather(3, keys[:, None, None].expand(-1, part.shape[1], part.shape[2], -1))
-        if part.dtype == torch.bool:
-            return _own(part & counts[:, None, None], new, held)
-        lowest = torch.finfo(part.dtype).min
-        part = part.masked_fill(~counts[:, None, None], lowest)
-        own = _own(torch.zeros_like(part, dtype=torch.bool), new, held)
-        return part.masked_fill(own, 0)
-
-    @property
-    def _flash(self) -> bool:
-        return "flash" in self.model.config.get_text_config()._attn_implementation
-
-    def _formed(self, seen: Tensor) -> Tensor:
-        """A mask of bools as this model's attention takes it."""
-        if self.model.config.get_text_config()._attn_implementation != "eager":
-            return seen
-        dtype = self.model.get_input_embeddings().weight.dtype
-        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-
-
-def _own(seen: Tensor, valid: Tensor, held: int) -> Tensor:
-    """``seen (B, 1, Q, K)``, where padding sees itself: a row without a key would be NaN.
-
-    ``valid (B, Q)``: which queries are no padding. ``held``: the entry of the first query.
-    """
-    place = held + torch.arange(valid.shape[1], device=valid.device)
-    own = torch.arange(seen.shape[-1], device=valid.device) == place[:, None]
-    return seen | (own & ~valid[:, :, None])[:, None]
+    def _width(self, call: _Call) -> int:
+        """How many columns a layer reads."""
+        return call.shape[1] if call.columns is None else call.columns.shape[1]
 
 
 def _leave(row: _Row, plan: FusionPlan, cut: LayerCut) -> None:

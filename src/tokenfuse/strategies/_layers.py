@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -22,14 +23,15 @@ class LayerTokens:
     ``states (n, D)``: the hidden states of all tokens that are left, in order, without padding.
     ``visual (V,)``: which of them are visual. Of these ``coords (V, 3)``, ``item (V,)``: the number
     of the image or video, an index into ``grids``; ``sizes (V,)``: how many tokens each stands for.
-    ``source``: how many visual tokens the first layer has read, ``counts``: how many each layer so
-    far has. ``layer`` of ``num_layers``: the one that is about to run.
+    ``original``: how many visual tokens the vision tower has made, ``source``: how many of them the
+    first layer has read, ``counts``: how many each layer so far has. ``layer`` of ``num_layers``:
+    the one that is about to run.
 
     What a LayerCut asks for, else None: ``attention (H, R, n)``, fp32: the softmax of the rows that
-    it names, over all that they see. ``received (n,)``: the attention that each token gets, mean
-    over heads and queries, fp32. ``keys (n, H_kv, d)``: those of the layer before, after the rotary
-    embedding. ``rope``: cosines and sines ``(n, d)`` of that embedding. ``norm``: the norm behind
-    the last layer.
+    it names, over all that they see; ``rows (R,)``: which tokens these are. ``received (n,)``: the
+    attention that each token gets, mean over heads and queries, fp32. ``keys (n, H_kv, d)``: those
+    of the layer before, after the rotary embedding. ``rope``: cosines and sines ``(n, d)`` of that
+    embedding. ``norm``: the norm behind the last layer.
     """
 
     states: Float[Tensor, "n D"]
@@ -38,11 +40,13 @@ class LayerTokens:
     item: Int[Tensor, " V"]
     sizes: Int[Tensor, " V"]
     grids: tuple[Grid, ...]
+    original: int
     source: int
     layer: int
     num_layers: int
     counts: tuple[int, ...] = ()
     attention: Float[Tensor, "H R n"] | None = None
+    rows: Int[Tensor, " R"] | None = None
     received: Float[Tensor, " n"] | None = None
     keys: Float[Tensor, "n G d"] | None = None
     rope: tuple[Tensor, Tensor] | None = None
@@ -65,6 +69,34 @@ class LayerTokens:
         assert self.attention is not None
         return self.attention[:, :, self.visual].mean((0, 1))
 
+    @property
+    def text_after(self) -> Int[Tensor, " T"]:
+        """Which tokens follow the last visual one. One host synchronisation."""
+        first = int(self.visual[-1]) + 1
+        return torch.arange(first, self.states.shape[0], device=self.visual.device)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class WeighedPlan(FusionPlan):
+    """A plan whose survivors are the mean of all that those they are fused from stand for.
+
+    ``weight (N,)``: how many tokens each stands for.
+    """
+
+    weight: Float[Tensor, " N"]
+
+    def mean(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "M D"]:
+        """The weighed means, accumulated in fp32; a survivor that nothing joined as it is."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        weight = self.weight.to(wide)
+        total = self._sum(wide * weight[:, None]) / self._sum(weight)[:, None]
+        return torch.where((self.sizes == 1)[:, None], x[self.survivors], total.to(x.dtype))
+
+
+def fuse_weighed(plan: FusionPlan, x: Float[Tensor, "N D"]) -> Float[Tensor, "M D"]:
+    """The ``fuse`` of a LayerCut that makes WeighedPlans."""
+    return plan.mean(x) if isinstance(plan, WeighedPlan) else plan.fuse(x)
+
 
 @dataclass(frozen=True)
 class LayerCut:
@@ -74,8 +106,10 @@ class LayerCut:
     reads, of the layer before as it ran, or with ``own`` of the ``layer`` itself: of the prompt's
     ``"last"`` token, of those that ``choose`` names, or what is received of ``"all"``. ``choose``
     is asked once, at the input of the first layer, and gives indices of tokens that are not visual.
-    ``keys``: whether the plan reads those of the layer before. ``fuse`` applies a plan to the
-    states, where fused tokens are more than their survivor; a cut without it drops.
+    ``asks``: whether attention has to be read at all, by ``counts``, ``original`` and
+    ``num_layers`` of the tokens; None for always. ``keys``: whether the plan
+    reads those of the layer before. ``fuse`` applies a plan to the states, where fused tokens are
+    more than their survivor; a cut without it drops.
     """
 
     layer: int
@@ -83,6 +117,7 @@ class LayerCut:
     queries: Queries | None = None
     own: bool = False
     choose: Callable[[LayerTokens], Int[Tensor, " R"]] | None = None
+    asks: Callable[[tuple[int, ...], int, int], bool] | None = None
     keys: bool = False
     fuse: Callable[[FusionPlan, Tensor], Tensor] | None = None
 

@@ -13,21 +13,25 @@ from torch import Tensor
 from tokenfuse.ops.select import true_indices
 from tokenfuse.ops.similarity import to_steps, unit
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Budgeted, Need, Needs
+from tokenfuse.strategies._base import Need, Needs
 from tokenfuse.strategies._fields import KeepRatio
+from tokenfuse.strategies._inside import PerhapsInside
+from tokenfuse.strategies._layers import LayerCut, LayerTokens
 from tokenfuse.tokens import Grid, VisualTokens
 
 
-class DART(Budgeted):
+class DART(PerhapsInside):
     """Keep a few pivot tokens and the tokens least like them, and drop the duplicates.
 
     Source: DART, arXiv 2502.11494. Pivots are the ``image_pivots`` visual tokens and the
     ``text_pivots`` prompt tokens of greatest L1 norm. In turn, each takes its share of the
     remaining visual tokens, those of lowest cosine to it. The visual pivots stay too.
 
-    The authors prune inside the LLM, after its layer 2, with norms of keys and cosines of hidden
-    states. This is the form of NVIDIA's TensorRT Edge-LLM, which prunes once before the LLM, with
-    norms and cosines of embeddings.
+    With ``layer`` it is the authors' form, inside the LLM: norms are those of the keys of the layer
+    before, all heads together, after the rotary embedding, and cosines those of the layer's inputs,
+    each through the norm behind the last layer. Text pivots are of what follows the last visual
+    token. Without, it is the form of NVIDIA's TensorRT Edge-LLM, which prunes once before the LLM,
+    with norms and cosines of embeddings.
 
     Where the published code iterates over a set, pivots here come in the order of their norms, the
     visual ones first (lowest index on ties). Its rounding per pivot overshoots the share; here the
@@ -49,16 +53,32 @@ class DART(Budgeted):
     text_pivots: int = Field(4, ge=0, description="prompt tokens to compare all others with")
 
     def needed(self) -> Needs:
-        return replace(super().needed(), text=self.text_pivots > 0)
+        return replace(super().needed(), text=self.text_pivots > 0 and self.layer is None)
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
-        units, blank = unit(tokens.features)
-        own = _greatest(tokens.features, min(self.image_pivots, count))
-        pivots = units[own]
+        features = tokens.features
+        own = _greatest(features, min(self.image_pivots, count))
+        prompt = features[:0]
         if self.text_pivots:
             text = tokens.needed("text")
             prompt = text[_greatest(text, self.text_pivots)]
-            pivots = torch.cat([pivots, unit(prompt)[0]])
+        return self._least_like(features, own, prompt, count)
+
+    def _cut(self, layer: int) -> LayerCut:
+        return replace(super()._cut(layer), keys=True)
+
+    def choose_inside(self, tokens: LayerTokens, count: int) -> FusionPlan:
+        assert tokens.keys is not None
+        keys, norm = tokens.keys.flatten(1), tokens.norm or torch.nn.Identity()
+        own = _greatest(keys[tokens.visual], min(self.image_pivots, count))
+        text = tokens.text_after
+        chosen = text[_greatest(keys[text], self.text_pivots)]
+        return self._least_like(norm(tokens.features), own, norm(tokens.states[chosen]), count)
+
+    def _least_like(self, features: Tensor, own: Tensor, prompt: Tensor, count: int) -> FusionPlan:
+        """The pivots ``own`` of the tokens and, in turn, what is least like each and the prompt."""
+        units, blank = unit(features)
+        pivots = torch.cat([units[own], unit(prompt)[0]])
         # Beyond every cosine: nothing is less welcome than a blank token.
         cosines = to_steps(pivots @ units.T).masked_fill(blank, 2)
         share, more = divmod(count - own.shape[0], pivots.shape[0])
@@ -66,7 +86,7 @@ class DART(Budgeted):
         for i, row in enumerate(cosines):
             order = torch.argsort(row.masked_fill(taken, torch.inf), stable=True)
             taken = taken.index_fill(0, order[: share + (i < more)], True)
-        return FusionPlan.from_survivors(true_indices(taken, count), tokens.num_tokens)
+        return FusionPlan.from_survivors(true_indices(taken, count), features.shape[0])
 
     def matching_flops(self, grid: Grid, width: int) -> int:
         return (self.image_pivots + self.text_pivots) * prod(grid) * width

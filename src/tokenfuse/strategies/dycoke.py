@@ -10,21 +10,33 @@ from jaxtyping import Bool
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.ops.select import spread, true_indices
+from tokenfuse.ops.select import spread, top, true_indices
 from tokenfuse.ops.similarity import rowwise
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
+from tokenfuse.strategies._fields import KeepRatio
+from tokenfuse.strategies._inside import Layer
+from tokenfuse.strategies._layers import CachePruning, StepState
 from tokenfuse.tokens import Grid, VisualTokens
 
 WINDOW = 4
 """Frames of which the first stays whole."""
+ALIKE = 0.9
+"""Cosine of the attention of two steps from which on the choice stays."""
 
 
 class DyCoke(Budgeted):
     """Keep every fourth frame whole, and of the three between what differs from earlier ones.
 
     Source: DyCoke, arXiv 2411.15024, its temporal token merging (which drops and does not average).
-    Its second stage, which prunes the KV cache at every decoding step, is not part of it.
+
+    With ``cache_layer`` (3 in the paper) its second stage acts while an answer is written: at each
+    step the layers from that one on read no visual tokens but the share ``cache_keep_ratio`` (0.3)
+    that the new token attended to most in the layer before. While the attention of steps that
+    follow each other is alike (a cosine of 0.9 or more) the choice stays, where the published code
+    reads everything again. Nothing is removed from the cache, so that it saves no memory; what is
+    shown later is chosen from as well. A model called step by step, without ``generate``, chooses
+    at every step.
 
     In each window of four frames the first stays whole. The second and the third are compared with
     the first, the fourth with the third, place by place, and each keeps its ``frame_keep_ratio``
@@ -55,6 +67,25 @@ class DyCoke(Budgeted):
     frame_keep_ratio: float = Field(
         0.3, gt=0, le=1, description="share of tokens to keep of each frame that is not the first"
     )
+
+    cache_layer: Layer | None = Field(
+        None, description="decoder layer from which on answers read the cache in part; none for all"
+    )
+    cache_keep_ratio: KeepRatio = 0.3
+
+    def cache_pruning(self) -> CachePruning | None:
+        return None if self.cache_layer is None else CachePruning(self.cache_layer, self._read)
+
+    def _read(self, scores: Tensor, state: StepState) -> Tensor:
+        # 0.2 * 50 may be 9.999999999999998 in floating point.
+        count = max(1, int(scores.shape[0] * self.cache_keep_ratio + 1e-9))
+        chosen = torch.zeros_like(scores, dtype=torch.bool)
+        chosen = chosen.index_fill(0, top(scores, count), True)
+        if state.read is not None and state.scores is not None:
+            alike = torch.nn.functional.cosine_similarity(scores, state.scores, dim=0) >= ALIKE
+            chosen = torch.where(alike, state.read, chosen)
+        state.scores, state.read = scores, chosen
+        return chosen
 
     def num_kept(self, grid: Grid) -> int | None:
         if self.keep_ratio is not None:

@@ -10,11 +10,14 @@ from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.ops.select import top_per_row
+from tokenfuse.ops.select import budget, top, top_per_row
+from tokenfuse.ops.similarity import nearest
 from tokenfuse.ops.window import window_match
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Attending, Need
 from tokenfuse.strategies._fields import KeepRatio, Neighbours
+from tokenfuse.strategies._inside import Layer
+from tokenfuse.strategies._layers import LayerCut, LayerTokens, WeighedPlan, fuse_weighed
 from tokenfuse.strategies._windows import Windows
 from tokenfuse.tokens import VisualTokens
 
@@ -49,8 +52,10 @@ class CentredPlan(FusionPlan):
 class HoliTom(Attending):
     """Fuse places that stand still over windows of frames; keep the rest by attention.
 
-    Source: HoliTom, arXiv 2505.21334: its outer stage, before the LLM. Its merging inside the LLM
-    is not here.
+    Source: HoliTom, arXiv 2505.21334. With ``inner_layer`` (18 in all of the authors' scripts) the
+    visual tokens that the prompt's last token attends to least in the layer before, but a share
+    ``inner_keep_ratio``, are merged there: each into the one of greatest cosine among those that
+    stay, the most attended of equals.
 
     A place stands still from one frame to the next if the cosine of its two tokens exceeds
     ``threshold``, which that of a zero vector never does. The video is cut into the windows that
@@ -69,7 +74,9 @@ class HoliTom(Attending):
     windows is less than the budget, the still tokens least like the mean of their place stay as
     they are. Survivors stay in sequence order, still ones at their centre's place in the first
     frame of their window. ``contextual`` above 0 works, clustering is deterministic, and a video
-    does not change the ratio of the next. A group without budget is dropped.
+    does not change the ratio of the next. A group without budget is dropped. Inside the LLM a row
+    becomes the mean of all that it stands for, where the code halves it with each that joins, in
+    order of place, so that the last one counts one half.
 
     Synchronises with the host once, to find the windows there. Loops over windows.
     """
@@ -87,6 +94,30 @@ class HoliTom(Attending):
     )
     beta: float = Field(0.6, ge=0, le=1, description="weight of a cluster's centre in its value")
     neighbours: Neighbours = 7
+    inner_layer: Layer | None = Field(
+        None, description="decoder layer at whose input tokens are merged again; none for nowhere"
+    )
+    inner_keep_ratio: KeepRatio = 0.5
+
+    def cuts(self) -> tuple[LayerCut, ...]:
+        if self.inner_layer is None:
+            return ()
+        return (LayerCut(self.inner_layer, self._merge, queries="last", fuse=fuse_weighed),)
+
+    @torch.no_grad()
+    def _merge(self, tokens: LayerTokens) -> FusionPlan:
+        n = tokens.num_visual
+        count = budget(self.inner_keep_ratio, n)
+        if count == n:
+            return FusionPlan.identity(n, tokens.visual.device)
+        scores, states = tokens.scores(), tokens.features
+        kept = top(scores, count)
+        # The first of equals is the most attended.
+        falling = kept[torch.argsort(scores[kept], descending=True, stable=True)]
+        roots = falling[nearest(states, states[falling])[1]]
+        roots[kept] = kept
+        plan = FusionPlan.from_roots(kept, roots)
+        return WeighedPlan(plan.survivors, plan.target, tokens.sizes.float())
 
     def fuse(self, plan: FusionPlan, x: Tensor) -> Tensor:
         return plan.join(x, self.beta) if isinstance(plan, CentredPlan) else plan.fuse(x)
