@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,24 @@ AT_A_TIME = 1024
 """Rows whose queries and keys are computed at once where all are asked for."""
 
 
+class Rows(NamedTuple):
+    """Some rows of an attention, after the rotary embedding.
+
+    ``queries (H, R, d)``, ``keys (G, R, d)``; ``scale``, ``softcap``: as for ``row_attention``.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    scale: float
+    softcap: float | None
+
+
 class _Given(Exception):
     """Carries what an attention gave to its kernel out of it."""
 
-    def __init__(self, query: Tensor, key: Tensor, scale: float, softcap: float | None) -> None:
+    def __init__(self, rows: Rows) -> None:
         super().__init__()
-        self.query, self.key, self.scale, self.softcap = query, key, scale, softcap
+        self.rows = rows
 
 
 def _tell(
@@ -36,9 +48,8 @@ def _tell(
             "expected a strategy that reads no attention, such as uniform with a layer"
         )
     scale = options.get("scaling")
-    raise _Given(
-        query, key, query.shape[-1] ** -0.5 if scale is None else scale, options.get("softcap")
-    )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    raise _Given(Rows(query[0], key[0], scale, options.get("softcap")))
 
 
 @functools.cache
@@ -83,10 +94,8 @@ def hearing(kwargs: Mapping[str, Any], name: str) -> tuple[HeardKeys, dict[str, 
     return heard, {**{k: v for k, v in kwargs.items() if k not in CACHES}, name: heard}
 
 
-def given_rows(
-    module: Any, call: Mapping[str, Any], row: int, places: Tensor | slice
-) -> tuple[Tensor, Tensor, float, float | None]:
-    """Queries ``(H, R, d)`` and keys ``(G, R, d)`` of some places of one row, scale and softcap.
+def given_rows(module: Any, call: Mapping[str, Any], row: int, places: Tensor | slice) -> Rows:
+    """Queries and keys of some places of one row.
 
     ``call``: what the attention ``module`` is called with, by name. What it computes for these
     places alone is what it computes for them among all. The module stays as it is.
@@ -105,22 +114,19 @@ def given_rows(
     try:
         type(module).forward(twin, **some, attention_mask=None)
     except _Given as given:
-        return given.query[0], given.key[0], given.scale, given.softcap
+        return given.rows
     raise UnsupportedModelError(
         f"{type(module).__name__} computes its attention in a way of its own, so that it cannot be "
         "scored; expected a strategy that reads no attention, such as uniform with a layer"
     )
 
 
-def all_rows(
-    module: Any, call: Mapping[str, Any], row: int, places: Tensor
-) -> tuple[Tensor, Tensor, float, float | None]:
+def all_rows(module: Any, call: Mapping[str, Any], row: int, places: Tensor) -> Rows:
     """As ``given_rows`` for many places, some at a time."""
     parts = [given_rows(module, call, row, part) for part in places.split(AT_A_TIME)]
-    return (
-        torch.cat([part[0] for part in parts], 1),
-        torch.cat([part[1] for part in parts], 1),
-        *parts[0][2:],
+    return parts[0]._replace(
+        queries=torch.cat([part.queries for part in parts], 1),
+        keys=torch.cat([part.keys for part in parts], 1),
     )
 
 

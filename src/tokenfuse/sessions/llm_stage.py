@@ -599,7 +599,7 @@ class LayerStage:
             at = i * call.times
             given = _arguments_of(layer, name, hidden, kwargs, at, row.columns, call.shape)
             every = torch.arange(len(row.columns), device=hidden.device)
-            _, keys, _, _ = all_rows(module, given, 0, every)
+            keys = all_rows(module, given, 0, every).keys
             found.append(
                 self._read(
                     cut,
@@ -630,9 +630,9 @@ class LayerStage:
         row = call.rows[number]
         own = past + places
         if cut.queries == "all":
-            queries, _, scale, softcap = given(places)
+            asked = given(places)
             received = received_attention(
-                queries, keys, scale, lambda part: visible(places[part]), softcap
+                asked.queries, keys, asked.scale, lambda part: visible(places[part]), asked.softcap
             )
             return {"received": received[own]}
         if cut.queries == "chosen":
@@ -645,8 +645,8 @@ class LayerStage:
                 end -= call.past + call.shape[1] - self.turn.ids.shape[1]
             asked = torch.tensor([end], device=places.device)
         where = places[asked]
-        queries, _, scale, softcap = given(where)
-        rows = row_attention(queries, keys, scale, visible(where), softcap)
+        found = given(where)
+        rows = row_attention(found.queries, keys, found.scale, visible(where), found.softcap)
         return {"attention": rows[:, :, own], "rows": asked}
 
     def _take_keys(self) -> Tensor | None:
@@ -704,23 +704,23 @@ class LayerStage:
         if len(self.states) != rows:
             self.states = [StepState() for _ in range(rows)]
         place = torch.zeros(1, dtype=torch.long, device=keys.device)
-        unread: Tensor = torch.zeros(rows, width, dtype=torch.bool, device=keys.device)
+        unread = torch.zeros(rows, width, dtype=torch.bool, device=keys.device)
         for i in range(rows):
-            own = keys[i]
-            columns = self.before.visual[i // call.times]
+            own, columns = keys[i], self.before.visual[i // call.times]
             if not len(columns):
                 continue
-            queries, _, scale, softcap = given_rows(module, given, i, place)
+            query = given_rows(module, given, i, place)
             visible = visible_rows(given.get("attention_mask"), i, place, held, own.shape[1])
-            weights = row_attention(queries, own, scale, visible, softcap)[:, 0].mean(0)
+            rows_of = row_attention(query.queries, own, query.scale, visible, query.softcap)
+            weights = rows_of[:, 0].mean(0)
             entries = columns
             if before is not None:
                 stands, counts = before.until(call.past)
                 stands, counts = stands[i // call.times], counts[i // call.times]
                 index = torch.arange(len(stands), device=keys.device)
                 entries = index.new_zeros(width).scatter(0, stands[counts], index[counts])[columns]
-            read = self.pruning.choose(weights[entries], self.states[i])
-            unread[i] = unread[i].scatter(0, columns, ~read)
+            chosen = self.pruning.choose(weights[entries], self.states[i])
+            unread[i] = unread[i].scatter(0, columns, ~chosen)
         call.unread = unread
 
     def _steps(self, call: _Call) -> bool:
