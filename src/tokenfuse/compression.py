@@ -17,9 +17,18 @@ from torch import Tensor
 
 from tokenfuse.adapters._base import Adapter, Encoded
 from tokenfuse.config import Configuration, StrategyLike, get_configuration
-from tokenfuse.costs import Stopwatch, attends, kv_cache_bytes, prefill_flops, versions
+from tokenfuse.costs import (
+    Stopwatch,
+    attends,
+    kv_cache_bytes,
+    layered_kv_cache_bytes,
+    layered_prefill_flops,
+    prefill_flops,
+    versions,
+)
 from tokenfuse.errors import ConfigError, PlanError, PromptError, UnsupportedModelError
 from tokenfuse.plan import FusionPlan
+from tokenfuse.prompt.cache import cache_of
 from tokenfuse.prompt.inputs import MODALITIES, PIXELS, Prompt
 from tokenfuse.prompt.layers import Kept, Layers, Visuals
 from tokenfuse.prompt.realign import PaddingSide
@@ -138,7 +147,7 @@ def compress(
     known = registry or default_registry()
     adapter = prompt_adapter(model, known)
     chosen = get_configuration(strategy, registry=known, **options)
-    if chosen.strategy.cuts() or chosen.strategy.cache_pruning():
+    if acts_inside(chosen.strategy):
         raise ConfigError(
             f"strategy {chosen.strategy.name} acts inside the LLM, while the model reads and "
             "answers, which compress does not see; expected attach"
@@ -222,7 +231,7 @@ def compress_prompt(
     """
     watch = Stopwatch(adapter.model.device)
     strategy = configuration.strategy
-    inside = bool(strategy.cuts()) or strategy.cache_pruning() is not None
+    inside = acts_inside(strategy)
     if not prompt.shows:
         return _unchanged(adapter, prompt, configuration, observe)
     if encoded is None:
@@ -330,6 +339,11 @@ def refuse_unmet_needs(adapter: Adapter, configuration: Configuration) -> None:
                 f"strategy {part.name} needs {', '.join(sorted(unmet))}, which model family "
                 f"{adapter.name} does not supply: choose a strategy that needs features only"
             )
+
+
+def acts_inside(strategy: Strategy) -> bool:
+    """Whether a strategy does something inside the LLM, not only before it."""
+    return bool(strategy.cuts()) or strategy.cache_pruning() is not None
 
 
 def refuse_fused_kernels(model: Any) -> None:
@@ -621,6 +635,31 @@ def _report(
         plan_ms=laps[1],
         realign_ms=laps[2],
         versions=_versions(),
+    )
+
+
+def told_by_layer(
+    adapter: Adapter,
+    report: Report,
+    visual: list[list[int]],
+    tokens: list[list[int]],
+    score_ms: float,
+    inputs: Mapping[str, Any],
+) -> Report:
+    """A report, after the LLM has read the prompt and tokens have gone inside it.
+
+    ``visual``, ``tokens``: how many visual tokens and tokens each layer has read of each row.
+    ``score_ms``: what choosing them took.
+    """
+    config = adapter.model.config.get_text_config()
+    element = _element_bytes(adapter.model, inputs, cache_of(inputs))
+    return report.model_copy(
+        update={
+            "layer_tokens": visual,
+            "score_ms": score_ms,
+            "prefill_flops_after": layered_prefill_flops(config, tokens),
+            "kv_cache_bytes_after": layered_kv_cache_bytes(config, tokens, element),
+        }
     )
 
 

@@ -26,14 +26,18 @@ def versions() -> dict[str, str]:
 
 def prefill_flops(config: Any, lengths: Sequence[int]) -> int:
     """Multiply-adds of the decoder over prompts of these lengths, by FLOPS_FORMULA."""
+    return layered_prefill_flops(config, [lengths] * config.num_hidden_layers)
+
+
+def layered_prefill_flops(config: Any, lengths: Sequence[Sequence[int]]) -> int:
+    """The same where each layer reads prompts of its own ``lengths``, layer by layer."""
     hidden, head = config.hidden_size, _head_dim(config)
     q: int = config.num_attention_heads * head
     kv = config.num_key_value_heads * head
     experts = getattr(config, "num_experts_per_tok", None)
     wide = config.moe_intermediate_size * experts if experts else config.intermediate_size
     weights: int = 2 * hidden * q + 2 * hidden * kv + 3 * hidden * wide
-    layers: int = config.num_hidden_layers
-    return layers * sum(n * weights + n * n * q for n in lengths)
+    return sum(n * weights + n * n * q for layer in lengths for n in layer)
 
 
 def kv_cache_bytes(config: Any, lengths: Sequence[int], element_bytes: float) -> int:
@@ -41,8 +45,16 @@ def kv_cache_bytes(config: Any, lengths: Sequence[int], element_bytes: float) ->
 
     Other layers than attention keep a state whose size does not depend on the length.
     """
-    per_token: int = 2 * sum(attends(config)) * config.num_key_value_heads * _head_dim(config)
-    return int(per_token * element_bytes * sum(lengths))
+    return layered_kv_cache_bytes(config, [lengths] * config.num_hidden_layers, element_bytes)
+
+
+def layered_kv_cache_bytes(
+    config: Any, lengths: Sequence[Sequence[int]], element_bytes: float
+) -> int:
+    """The same where each layer keeps prompts of its own ``lengths``, layer by layer."""
+    pairs = zip(attends(config), lengths, strict=True)
+    kept = sum(sum(layer) for attention, layer in pairs if attention)
+    return int(2 * config.num_key_value_heads * _head_dim(config) * element_bytes * kept)
 
 
 def attends(config: Any) -> list[bool]:

@@ -39,7 +39,10 @@ class Report(BaseModel):
     """Figures of one compressed prompt. Lengths are tokens, one per row of the batch.
 
     ``prefill_flops_*`` and ``matching_flops`` are multiply-adds; ``flops_formula`` says how they
-    are counted. ``*_ms`` are measured wall-clock milliseconds of this call. ``encoded_again``: how
+    are counted. ``*_ms`` are measured wall-clock milliseconds of this call. ``layer_tokens``: how
+    many visual tokens each decoder layer has read, where a strategy acts inside the LLM, layer by
+    layer and row by row; the figures after compression count them, and ``score_ms`` is what
+    choosing them took. ``encoded_again``: how
     many images and videos of earlier turns the vision tower had to read again, because the inputs
     do not say which pixels are theirs.
     """
@@ -62,6 +65,8 @@ class Report(BaseModel):
     encode_ms: float = 0.0
     plan_ms: float = 0.0
     realign_ms: float = 0.0
+    layer_tokens: list[list[int]] | None = None
+    score_ms: float = 0.0
     versions: dict[str, str]
 
     @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
@@ -81,6 +86,18 @@ class Report(BaseModel):
     def keep_ratio(self) -> float:
         """Survivors ÷ source tokens over all items, 1.0 where there is none."""
         return self.tokens_after / self.tokens_before if self.tokens_before else 1.0
+
+    @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
+    @property
+    def layer_average(self) -> float:
+        """The share of the source tokens that a decoder layer reads, on average over all layers.
+
+        Where tokens go before the LLM only, the keep ratio.
+        """
+        if self.layer_tokens is None or not self.tokens_before:
+            return self.keep_ratio
+        read = sum(map(sum, self.layer_tokens)) / len(self.layer_tokens)
+        return read / self.tokens_before
 
     @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
     @property
@@ -108,6 +125,12 @@ class Report(BaseModel):
                 f"{item.frame_tokens_before} per frame: {frames}"
                 + (f" ({item.reason})" if item.reason else "")
             )
+        if self.layer_tokens is not None:
+            lines.insert(
+                2,
+                f"in the LLM    {_by_layer(self.layer_tokens)}; {self.layer_average:.1%} on "
+                f"average over layers, chosen in {self.score_ms:.1f} ms",
+            )
         if self.matching_flops > self.prefill_flops_before - self.prefill_flops_after:
             lines.append("slower: matching costs more than the shorter prefill saves")
         if self.encoded_again:
@@ -119,6 +142,18 @@ class Report(BaseModel):
         if self.reason:
             lines.append(f"not compressed: {self.reason}")
         return "\n".join(lines)
+
+
+def _by_layer(tokens: Sequence[Sequence[int]]) -> str:
+    """``layers 0-1: 288, 2-31: 144``; of a batch all rows together."""
+    parts, start = [], 0
+    sums = [sum(layer) for layer in tokens]
+    for layer in range(1, len(sums) + 1):
+        if layer == len(sums) or sums[layer] != sums[start]:
+            span = str(start) if layer - 1 == start else f"{start}-{layer - 1}"
+            parts.append(f"{span}: {sums[start]}")
+            start = layer
+    return f"layer{'s' if len(sums) > 1 else ''} {', '.join(parts)}"
 
 
 def _lengths(lengths: Sequence[int]) -> str:

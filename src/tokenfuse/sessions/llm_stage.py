@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -161,8 +161,7 @@ class _Call:
     made: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class LayerCounts:
+class LayerCounts(NamedTuple):
     """What the layers of one prompt have read: visual tokens and all tokens, by layer and row."""
 
     visual: list[list[int]]

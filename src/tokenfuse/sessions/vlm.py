@@ -18,11 +18,14 @@ from torch import Tensor
 
 from tokenfuse.adapters._base import Adapter
 from tokenfuse.compression import (
+    CompressedInputs,
+    acts_inside,
     check_frames_as_images,
     compress_prompt,
     prompt_adapter,
     refuse_a_gap,
     refuse_unmet_needs,
+    told_by_layer,
     untouched,
 )
 from tokenfuse.config import Configuration
@@ -239,7 +242,7 @@ class Session(Attached):
             layer_stage(self.model, self.strategy, turn) as stage,
         ):
             output = original(**arguments)
-        turn = self._cut(stage, turn)
+        turn = self._cut(stage, turn, arguments)
         values = output if isinstance(output, tuple) else output.values()
         for filled in (value for value in values if filled_length(value)):
             _remember(filled, turn)
@@ -304,7 +307,7 @@ class Session(Attached):
             self.adapter.read(inputs),
             self.configuration,
             frames_as_images=self._frames_as_images,
-            observe=self._observe,
+            observe=self._tell,
         )
         self._note(short.report, short.columns)
         return (inputs if short.turn is None else short), short.turn
@@ -326,7 +329,7 @@ class Session(Attached):
                 self.configuration,
                 after=reached,
                 frames_as_images=self._frames_as_images,
-                observe=self._observe,
+                observe=self._tell,
             )
         except MismatchError as error:
             raise PromptError(
@@ -421,7 +424,7 @@ class Session(Attached):
             layer_stage(self.model, self.strategy, turn) as stage,
         ):
             output = original(**arguments)
-        turn = self._cut(stage, turn) or turn
+        turn = self._cut(stage, turn, short) or turn
         sequences = output if isinstance(output, Tensor) else output.sequences
         times = len(sequences) // len(prompt)
         answer = sequences[:, short["input_ids"].shape[1] :]
@@ -438,9 +441,26 @@ class Session(Attached):
         output.sequences = whole
         return output
 
-    def _cut(self, stage: LayerStage | None, turn: Turn | None) -> Turn | None:
+    def _cut(
+        self, stage: LayerStage | None, turn: Turn | None, arguments: Mapping[str, Any]
+    ) -> Turn | None:
         """The turn with what has become of it inside the LLM, which its report is told."""
-        return turn if stage is None or turn is None else stage.after(turn)
+        if stage is None or turn is None:
+            return turn
+        counts = stage.counts
+        if counts is not None and isinstance(arguments, CompressedInputs):
+            before = arguments.report
+            report = told_by_layer(self.adapter, before, *counts, arguments)
+            for i, noted in enumerate(self.reports):
+                if noted is before:
+                    self.reports[i] = report
+            self._observe("tokenfuse_compressed", report=report)
+        return stage.after(turn)
+
+    def _tell(self, hook: str, /, **arguments: Any) -> None:
+        """Tell observers, but not of a report before the LLM has had its part in it."""
+        if hook != "tokenfuse_compressed" or not acts_inside(self.strategy):
+            self._observe(hook, **arguments)
 
     def _note(self, report: Report, columns: Tensor | None) -> None:
         self.reports.append(report)
