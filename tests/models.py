@@ -24,15 +24,15 @@ from tokenfuse.registry import Registry
 processor = functools.cache(build_processor)
 
 
-def build(kind="dense", attention="sdpa", seed=0):
-    """A random model in eval mode; ``kind`` is dense or moe. DeepStack feeds 2 of 3 layers."""
+def build(kind="dense", attention="sdpa", seed=0, layers=3):
+    """A random model in eval mode; ``kind`` is dense or moe. DeepStack feeds the first 2 layers."""
     tokenizer = processor().tokenizer
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 48,
         "intermediate_size": 64,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 12,

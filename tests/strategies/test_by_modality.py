@@ -179,7 +179,7 @@ def test_a_part_acts_before_the_llm():
         name: ClassVar[str] = "in_decoder"
         stage: ClassVar[str] = "llm"
 
-    with pytest.raises(ValueError, match="in_decoder acts at stage llm; expected a strategy of"):
+    with pytest.raises(ValueError, match="in_decoder acts at stage llm, and has neither"):
         ByModality(image=InDecoder())
 
 

@@ -132,7 +132,11 @@ def test_saliency_and_text_are_held_to_what_features_are(field, value, said):
         VisualTokens.from_grid(tokens.features, tokens.grid, **given)
 
 
-NAMES = [name for name in tokenfuse.list_strategies() if name not in ("compose", "by_modality")]
+NAMES = [
+    name
+    for name, entry in tokenfuse.list_strategies().items()
+    if name not in ("compose", "by_modality") and entry.cls.stage == "pre_llm"
+]
 
 
 def configured(name):

@@ -183,6 +183,12 @@ def layer_stage(model: Any, strategy: Strategy, turn: Turn | None) -> Iterator[L
     if turn is None or (not new and turn.layers is None):
         yield None
         return
+    repeated = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    if model.training and repeated:
+        raise UnsupportedModelError(
+            f"strategy {strategy.name} acts in the forward pass only, and gradient checkpointing "
+            "repeats it in the backward pass: switch that off, or act before the LLM"
+        )
     stage = LayerStage(model, strategy, cuts, pruning, turn)
     with ExitStack() as hooks:
         stage.place(hooks)
@@ -349,15 +355,17 @@ class LayerStage:
         if call is None:
             return None
         if call.rows is not None:
+            for row in call.rows:
+                # Layers before the first cut have no hooks, and read all.
+                row.counts += [len(row.visual)] * (number - len(row.counts))
             if number == 0:
                 self._choose(call, hidden)
             if number in self.cuts:
                 hidden = self._cut(self.cuts[number], call, layer, hidden, kwargs)
             elif call.columns is not None:
                 hidden = self._resume(call, hidden)
-            missing = number + 1 - len(call.rows[0].counts)
             for row in call.rows:
-                row.counts += [len(row.visual)] * missing
+                row.counts.append(len(row.visual))
         if call.columns is None and self.before.at(number) is None and call.unread is None:
             return None
         short = {name: self._short(name, value, call, number) for name, value in kwargs.items()}
@@ -511,7 +519,10 @@ class LayerStage:
         """What the caches of the layers from one on hold after this call."""
         assert call.columns is not None
         assert call.valid is not None
-        columns, valid = call.past + call.columns, call.valid
+        # What follows the prompt in the same call, as with lookup decoding, may be taken back.
+        more = call.past + call.shape[1] - self.turn.ids.shape[1]
+        end = call.columns.shape[1] - more
+        columns, valid = call.past + call.columns[:, :end], call.valid[:, :end]
         before, whole = self.before.at(number), call.even
         if before is not None:
             older, counts = before.until(call.past)
@@ -521,7 +532,7 @@ class LayerStage:
             counts = torch.ones_like(older, dtype=torch.bool)
         if before is not None or call.past:
             columns, valid = torch.cat([older, columns], -1), torch.cat([counts, valid], -1)
-        return Kept(number, columns, valid, call.past + call.shape[1], whole)
+        return Kept(number, columns, valid, self.turn.ids.shape[1], whole)
 
     # --- scores ----------------------------------------------------------------------------------
 

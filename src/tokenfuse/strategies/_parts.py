@@ -9,6 +9,8 @@ from pydantic import ValidationInfo
 from tokenfuse.strategies._base import Strategy
 from tokenfuse.tokens import Modality
 
+SILENT = "{name} acts at stage llm, and has neither cuts nor cache_pruning; expected one of them"
+"""What is said of a strategy that says nothing."""
 PART = [{"type": "string"}, {"type": "object"}]
 """JSON Schemas of what a part may be given as: a name, preset or file, or a mapping."""
 
@@ -28,6 +30,8 @@ def check_part(part: Strategy) -> None:
         raise ValueError(
             f"{part.name} acts at stage {part.stage}; expected a strategy of stage pre_llm or llm"
         )
+    if part.stage == "llm" and not part.cuts() and part.cache_pruning() is None:
+        raise ValueError(SILENT.format(name=part.name))
     if len({id(part.for_modality(modality)) for modality in get_args(Modality)}) > 1:
         raise ValueError(
             f"{part.name} chooses by modality, which only the top of a configuration can; put one "

@@ -13,7 +13,6 @@ from tokenfuse.ops.select import top
 from tokenfuse.ops.similarity import NO_MATCH, rowwise
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Stage, Strategy
-from tokenfuse.strategies._fields import KeepRatio
 from tokenfuse.strategies._inside import Layer
 from tokenfuse.strategies._layers import LayerCut, LayerTokens, WeighedPlan, fuse_weighed
 from tokenfuse.tokens import VisualTokens
@@ -24,8 +23,8 @@ Phase = Literal["merge", "prune", "done"]
 class FrameFusion(Strategy):
     """Merge tokens with the same place of the frame before, layer by layer, then prune once.
 
-    Source: FrameFusion, arXiv 2501.01986. ``keep_ratio`` is a cost: the share of visual tokens that
-    a layer reads, on average over all layers. At each layer, the first of which is the input of the
+    Source: FrameFusion, arXiv 2501.01986. ``cost`` is the share of visual tokens that a layer
+    reads, on average over all layers. At each layer, the first of which is the input of the
     LLM, tokens are compared with the one that is left of the same place in an earlier frame. Those
     whose cosine is ``threshold`` or more join it, a run of them together. As soon as that would
     undercut the cost, only the most alike are merged, as many as it takes, and all is done. Where
@@ -47,7 +46,9 @@ class FrameFusion(Strategy):
     stage: ClassVar[Stage] = "pre_llm"
     paper: ClassVar[str] = "arXiv 2501.01986"
 
-    keep_ratio: KeepRatio = 0.3
+    cost: float = Field(
+        0.3, gt=0, le=1, description="share of the visual tokens that a layer reads, on average"
+    )
     threshold: float = Field(
         0.6, ge=-1, description="cosine with the same place of an earlier frame to merge from"
     )
@@ -65,7 +66,7 @@ class FrameFusion(Strategy):
         item = torch.zeros_like(tokens.coords[:, 0])
         weight = torch.ones_like(item).float()
         return self.merged(
-            tokens.features, tokens.coords, item, weight, int((1 - self.keep_ratio) * n + 1e-9)
+            tokens.features, tokens.coords, item, weight, int((1 - self.cost) * n + 1e-9)
         )
 
     def cuts(self) -> tuple[LayerCut, ...]:
@@ -127,14 +128,14 @@ class FrameFusion(Strategy):
         shares: list[float] = []
         before = original
         for layer, count in enumerate(counts):
-            allowed = share_to_remove(shares, self.keep_ratio, layers)
+            allowed = share_to_remove(shares, self.cost, layers)
             shares.append(1 - count / before)
             if phase == "prune" or before - count >= int(allowed * before + 1e-9):
                 phase = "done"
             elif phase == "merge" and (shares[-1] < self.least or layer >= self.last_layer - 1):
                 phase = "prune"
             before = count
-        return phase, share_to_remove(shares, self.keep_ratio, layers)
+        return phase, share_to_remove(shares, self.cost, layers)
 
 
 def same_place(

@@ -75,6 +75,9 @@ class InsideConformance:
     """Cuts inside the LLM, as tests; see AdapterConformance, which holds what they ask for."""
 
     attentions: ClassVar[Any]
+    modalities: ClassVar[Any]
+    several: ClassVar[bool]
+    frames_as_images: ClassVar[bool]
     beams: ClassVar[bool]
     half: ClassVar[Strategy]
     nothing: ClassVar[Strategy]
@@ -89,6 +92,9 @@ class InsideConformance:
     agree: Any
     question: Any
     close: Any
+    prompt: Any
+    conversation: Any
+    options: Any
 
     def cut(self, attention: str, *layers: int, **options: Any) -> tuple[Any, CutInside]:
         """The model, and a strategy that cuts in it; a skip where that is refused.
@@ -271,3 +277,52 @@ class InsideConformance:
             torch.testing.assert_close(
                 mine.attention[:, 0], theirs[:, last, mask].float(), atol=1e-5, rtol=0
             )
+
+    def test_cuts_inside_in_later_turns_equal_the_masked_run(self) -> None:
+        """What a later turn shows is cut too, and what was cut before stays so."""
+        model, strategy = self.cut(self.attentions[0])
+        if not self.several and not self.frames_as_images:
+            pytest.skip("this model takes one item in a prompt")
+        kind = self.modalities[-1]
+        begun: list[Any] = [
+            [("text", 1), (kind, 1), ("text", 2)],
+            [("text", 3), ("text", 4), (kind, 3), ("text", 5)],
+        ]
+        turn: list[Any] = [
+            [("text", 6), (kind, 4), ("text", 7)],
+            [("text", 8), (kind, 2), ("text", 9)],
+        ]
+        for rows in (1, 2):
+            inputs = self.prompt(begun[:rows])
+            with self.attach(model, strategy):
+                first = self.generate(model, inputs)
+                whole = self.conversation(begun[:rows], turn[:rows], inputs, first.sequences)
+                later = whole | as_argument(cache_of(first))
+                try:
+                    out = self.generate(model, later)
+                except UnsupportedModelError as error:
+                    pytest.skip(str(error))
+                oracle = self.expected(whole, cache_of(out), model)
+            gone = oracle.later[strategy.layers[0]]
+            assert bool(gone[:, inputs["input_ids"].shape[1] :].any(-1).all())
+            self.agree(out, whole["input_ids"], oracle)
+
+    def test_questions_about_a_prompt_cut_inside_equal_the_masked_run(self) -> None:
+        """``prefill`` once and ``ask`` twice at once, padding in the questions."""
+        model, strategy = self.cut(self.attentions[0])
+        inputs = self.inputs("left")
+        with self.attach(model, strategy) as session:
+            prompt = session.prefill(inputs)
+            question = self.question(len(inputs["input_ids"]), 22)
+            padded = torch.cat([question[:, :1], question], -1)
+            mask = torch.ones_like(padded)
+            mask[:, 0] = 0
+            twice = (x.repeat_interleave(2, 0) for x in (padded, mask))
+            out = session.ask(prompt, *twice, **self.options(model))
+        length = inputs["input_ids"].shape[1]
+        out.sequences = torch.cat([out.sequences[:, :length], out.sequences[:, length + 1 :]], -1)
+        for which in (slice(0, None, 2), slice(1, None, 2)):
+            oracle = self.expected(inputs, prompt.cache, model)
+            oracle.append(question)
+            begins = torch.cat([inputs["input_ids"], question], -1)
+            self.agree(out, begins, oracle, which)
