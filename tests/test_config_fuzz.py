@@ -62,5 +62,11 @@ def test_loader_and_schema_agree(seed):
     assert not disagree, f"{len(disagree)}: {disagree[:5]}"
 
 
-TOGETHER = ("must be odd", "starts at the first frame", "nothing to merge", "bends a constant r")
+TOGETHER = (
+    "must be odd",
+    "starts at the first frame",
+    "nothing to merge",
+    "bends a constant r",
+    "expected one for each",
+)
 """Of messages about rules that JSON Schema cannot say."""

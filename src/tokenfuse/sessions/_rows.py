@@ -79,6 +79,7 @@ class HeardKeys:
     keys: Tensor | None = None
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """As the real one; without one, what is given."""
         if self.cache is not None:
             key, value = self.cache.update(key, value, *args, **kwargs)
         self.keys = key

@@ -7,7 +7,7 @@ from math import prod
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from tokenfuse.errors import ConfigError
 from tokenfuse.ops.select import budget
@@ -22,6 +22,26 @@ Layer = Annotated[
         ge=1,
         description="decoder layer, counted from 0, whose input is cut; those before it read all",
     ),
+]
+
+
+def _one_or_more(item: dict[str, Any]) -> WithJsonSchema:
+    several = {"type": "array", "items": item, "minItems": 1}
+    return WithJsonSchema({"anyOf": [item, several]})
+
+
+Layers = Annotated[
+    tuple[Layer, ...],
+    Field(min_length=1, description="decoder layers at whose input tokens go, rising"),
+    _one_or_more({"type": "integer", "minimum": 1}),
+]
+Shares = Annotated[
+    tuple[Annotated[float, Field(gt=0, le=1)], ...],
+    Field(
+        min_length=1,
+        description="share of the prompt's visual tokens that is left from each layer on, falling",
+    ),
+    _one_or_more({"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
 ]
 
 
@@ -46,25 +66,24 @@ class InsideOnly(Strategy):
 class Scheduled(InsideOnly):
     """A strategy that acts at several layers, with a share of the first count at each."""
 
-    layers: tuple[Layer, ...] = Field(min_length=1, description="decoder layers, rising")
-    keep_ratio: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        description="share of the visual tokens of the prompt that is left from each of the layers "
-        "on; it never rises"
-    )
+    layers: Layers
+    keep_ratio: Shares
 
     @field_validator("layers", "keep_ratio", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
         # YAML and JSON have lists; one layer is often written without.
         if isinstance(value, int | float) and not isinstance(value, bool):
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _whole_layers(cls, value: Any) -> Any:
+        # To JSON Schema 3.0 is an integer.
+        if not isinstance(value, tuple | list):
             value = (value,)
-        if isinstance(value, list):
-            value = tuple(value)
-        if isinstance(value, tuple):
-            value = tuple(
-                int(x) if isinstance(x, float) and x.is_integer() and x > 1 else x for x in value
-            )
-        return value
+        return tuple(int(x) if isinstance(x, float) and x.is_integer() else x for x in value)
 
     @model_validator(mode="after")
     def _schedule(self) -> Scheduled:

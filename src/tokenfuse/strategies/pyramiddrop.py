@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 
 from tokenfuse.ops.select import budget, top
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._inside import Layer, Scheduled
+from tokenfuse.strategies._inside import Layers, Scheduled, Shares
 from tokenfuse.strategies._layers import LayerCut, LayerTokens
 
 
@@ -31,13 +30,8 @@ class PyramidDrop(Scheduled):
     name: ClassVar[str] = "pyramiddrop"
     paper: ClassVar[str] = "arXiv 2410.17247"
 
-    layers: tuple[Layer, ...] = Field(
-        (8, 16, 24), min_length=1, description="decoder layers at whose input tokens go, rising"
-    )
-    keep_ratio: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        (0.5, 0.25, 0.125),
-        description="share of the prompt's visual tokens that is left from each layer on, falling",
-    )
+    layers: Layers = (8, 16, 24)
+    keep_ratio: Shares = (0.5, 0.25, 0.125)
 
     def cuts(self) -> tuple[LayerCut, ...]:
         return tuple(LayerCut(layer, self._plan, queries="last", own=True) for layer in self.layers)

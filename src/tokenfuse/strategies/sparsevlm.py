@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ from tokenfuse.ops import CHUNK
 from tokenfuse.ops.cluster import density_peaks, nearest_centre
 from tokenfuse.ops.select import budget, top
 from tokenfuse.plan import DROPPED, FusionPlan
-from tokenfuse.strategies._inside import Layer, Scheduled
+from tokenfuse.strategies._inside import Layers, Scheduled, Shares
 from tokenfuse.strategies._layers import LayerCut, LayerTokens, WeighedPlan, fuse_weighed
 
 LEAST = 0.1
@@ -51,14 +51,8 @@ class SparseVLM(Scheduled):
     name: ClassVar[str] = "sparsevlm"
     paper: ClassVar[str] = "arXiv 2410.04417"
 
-    layers: tuple[Layer, ...] = Field(
-        (3, 7, 16), min_length=1, description="decoder layers at whose input tokens go, rising"
-    )
-    keep_ratio: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        (0.52, 0.348, 0.19),
-        description="share of the prompt's visual tokens that is left from each layer on, without "
-        "those that are recycled, falling",
-    )
+    layers: Layers = (3, 7, 16)
+    keep_ratio: Shares = (0.52, 0.348, 0.19)
     version: Literal["v1", "v2", "video"] = Field(
         "v1", description="v1 recycles, v2 corrects for the rotary embedding, video counts ranks"
     )

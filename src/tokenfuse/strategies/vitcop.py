@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ from tokenfuse.ops.cluster import density_peaks, nearest_centre
 from tokenfuse.ops.select import budget, top
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._fields import Neighbours
-from tokenfuse.strategies._inside import Layer, Scheduled
+from tokenfuse.strategies._inside import Layers, Scheduled, Shares
 from tokenfuse.strategies._layers import LayerCut, LayerTokens, WeighedPlan, fuse_weighed
 
 
@@ -39,13 +39,8 @@ class ViTCoP(Scheduled):
 
     name: ClassVar[str] = "vitcop"
 
-    layers: tuple[Layer, ...] = Field(
-        (2, 22), min_length=1, description="decoder layers at whose input tokens go, rising"
-    )
-    keep_ratio: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        (0.5, 0.1),
-        description="share of the prompt's visual tokens that is left from each layer on, falling",
-    )
+    layers: Layers = (2, 22)
+    keep_ratio: Shares = (0.5, 0.1)
     clusters: int | None = Field(
         None, ge=1, lt=2**31, description="clusters at the first layer; none for the best alone"
     )

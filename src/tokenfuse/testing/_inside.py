@@ -42,6 +42,7 @@ class CutInside(InsideOnly):
         )
 
     def choose(self, tokens: LayerTokens) -> FusionPlan:
+        """The plan of each cut."""
         n = tokens.num_visual
         return FusionPlan.from_survivors(top(tokens.scores(), max(1, round(n * self.share))), n)
 
@@ -53,6 +54,7 @@ class Watched(CutInside):
     seen: Any = Field(None, exclude=True)
 
     def choose(self, tokens: LayerTokens) -> FusionPlan:
+        """The plan of each cut, which is told of."""
         self.seen(tokens)
         return super().choose(tokens)
 
