@@ -16,6 +16,8 @@ from tokenfuse.sessions._attached import is_attached
 from tokenfuse.sessions.attach import attach
 from tokenfuse.sessions.vlm import Session
 from tokenfuse.strategies._base import Compressed, Strategy
+from tokenfuse.strategies._inside import LayerStrategy
+from tokenfuse.strategies._layers import LayerCut, LayerTokens
 from tokenfuse.tokens import VisualTokens
 
 __version__ = "0.1.0"
@@ -25,6 +27,9 @@ __all__ = [
     "Compressed",
     "CompressedInputs",
     "FusionPlan",
+    "LayerCut",
+    "LayerStrategy",
+    "LayerTokens",
     "Registered",
     "Report",
     "Session",

@@ -291,7 +291,7 @@ def strategies(as_json: Json = False) -> None:
     """List the registered strategies."""
     with _errors():
         from tokenfuse.registry import default_registry
-        from tokenfuse.strategies._vit import stages
+        from tokenfuse.strategies._stages import stages
 
         rows = [
             {

@@ -20,7 +20,7 @@ from tokenfuse.registry import Registry
 from tokenfuse.sessions._masks import Entries, cut_mask
 from tokenfuse.sessions.llm_stage import decoder_layers
 from tokenfuse.sessions.proportional import before_attention
-from tokenfuse.strategies._inside import InsideOnly
+from tokenfuse.strategies._inside import LayerStrategy
 from tokenfuse.strategies._layers import LayerCut, WeighedPlan, fuse_weighed
 from tokenfuse.testing._inside import CutInside, Watched, gone_inside
 from tokenfuse.testing.oracle import MaskedRun
@@ -156,7 +156,7 @@ def test_a_model_called_token_by_token():
     torch.testing.assert_close(torch.stack(logits[:3], 1), expected, atol=ROUNDING, rtol=0)
 
 
-class MergeInside(InsideOnly):
+class MergeInside(LayerStrategy):
     """Merges each odd visual token into the one before."""
 
     name = "merge_inside"
@@ -339,7 +339,7 @@ def test_decoders_of_other_layers_are_refused_by_name(family):
         tokenfuse.attach(FAMILIES[family].build("sdpa"), "fastv", layer=1)
 
 
-class Wrong(InsideOnly):
+class Wrong(LayerStrategy):
     name = "wrong"
     returns: str
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
 from tokenfuse.adapters._base import Adapter
-from tokenfuse.compression import refuse_unmet_needs
+from tokenfuse.compression import acts_inside, refuse_unmet_needs
 from tokenfuse.config import (
-    KEY,
     Configuration,
     get_configuration,
     get_strategy,
@@ -19,6 +18,7 @@ from tokenfuse.config import (
 )
 from tokenfuse.errors import ConfigError, UnsupportedModelError
 from tokenfuse.registry import Registry
+from tokenfuse.sessions.llm_stage import refuse_unfit_cuts
 
 ALL = "all"
 CONTROLS = ("uniform", "random", "frame_subsample")
@@ -94,11 +94,11 @@ def candidates(
 
 
 def comparable(registry: Registry) -> Iterator[str]:
-    """Registered pre_llm strategies that can be built from a ``keep_ratio`` alone, by name."""
+    """Registered strategies on prompts that need nothing but a share of tokens, by name."""
     for name, entry in sorted(registry.strategies.items()):
-        if entry.cls.stage == "pre_llm" and "keep_ratio" in entry.cls.model_fields:
+        if entry.cls.stage != "vit":
             try:
-                get_strategy({KEY: name, "keep_ratio": 0.5}, registry=registry)
+                get_strategy(name, registry=registry).at_share(0.5, 32)
             except ConfigError:
                 continue
             yield name
@@ -132,20 +132,22 @@ def _check_ratio(ratio: float, text: str) -> None:
 
 
 def _candidate(source: str, ratio: float, adapter: Adapter | None, registry: Registry) -> Candidate:
+    """``source`` at a ratio: of the tokens that a decoder layer reads on average over layers."""
+    plain = get_configuration(source, registry=registry)
+    config = None if adapter is None else adapter.model.config.get_text_config()
     try:
-        configuration = get_configuration(source, keep_ratio=ratio, registry=registry)
-    except ConfigError:
-        # An unknown name or a faulty file says so itself.
-        plain = get_configuration(source, registry=registry)
-        if "keep_ratio" in type(plain.strategy).model_fields:
+        # Without a model, any decoder that is deep enough.
+        layers = 1000 if config is None else config.num_hidden_layers
+        strategy = plain.strategy.at_share(ratio, layers)
+    except ConfigError as error:
+        if config is None or not acts_inside(plain.strategy):
             raise
-        raise ConfigError(
-            f"strategy {source} has no option keep_ratio, so that it cannot be compared at equal "
-            "numbers of tokens: leave it out, or try it alone with tokenfuse run"
-        ) from None
+        return Candidate(source, ratio, None, str(error))
+    configuration = replace(plain, strategy=strategy)
     try:
         if adapter:
             refuse_unmet_needs(adapter, configuration)
+            refuse_unfit_cuts(adapter.model, strategy, configuration.attention)
     except UnsupportedModelError as error:
         return Candidate(source, ratio, None, str(error))
     return Candidate(source, ratio, configuration)

@@ -21,7 +21,8 @@ from tokenfuse.registry import default_registry
 class VideoRow(Row):
     """The answer of one candidate, and what it took.
 
-    ``kept`` is the share of tokens that survived, ``kl`` the divergence of the first token's
+    ``tokens`` are those that a decoder layer reads, on average over layers, ``kept`` their share,
+    ``kl`` the divergence of the first token's
     distribution from the uncompressed one in nats, ``speedup`` the uncompressed time to first token
     over this one, ``peak_bytes`` the most memory that tensors of the run took, without weights and
     inputs.
@@ -125,8 +126,8 @@ def _row(candidate: Candidate, measured: Measured, peak: int, plain: Measured) -
     report, whole = measured.report, candidate.keep_ratio == 1
     return VideoRow.of(
         candidate,
-        tokens=report.tokens_after,
-        kept=report.keep_ratio,
+        tokens=round(report.layer_average * report.tokens_before),
+        kept=report.layer_average,
         answer=measured.text,
         same_answer=measured.text == plain.text,
         kl=float(divergence(plain.logits, measured.logits)),

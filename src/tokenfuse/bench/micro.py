@@ -42,7 +42,8 @@ class TaskScore(BaseModel):
     """Counts and sums over the questions of one task.
 
     ``right`` answers are right to the letter, ``same`` ones equal the uncompressed model's. ``kl``
-    is the sum of KL(uncompressed || compressed) of the first token in nats.
+    is the sum of KL(uncompressed || compressed) of the first token in nats. ``tokens_after`` are
+    those that a decoder layer reads, on average over layers.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -267,8 +268,8 @@ def _ask(
     inputs = batch_inputs(processor, videos, [question.text for question in questions])
     inputs = inputs.to(model.device)
     expected = [question.answer for question in questions]
-    ids, reference = generate(model, inputs, max_new_tokens=LONGEST)
-    plain = decode(processor, ids)
+    whole = generate(model, inputs, max_new_tokens=LONGEST)
+    plain = decode(processor, whole.ids)
     prompt = EncodedPrompt(prompt_adapter(model, registry), inputs)
     scores: dict[Candidate, TaskScore | str] = {}
     for candidate in chosen:
@@ -277,15 +278,19 @@ def _ask(
             continue
         try:
             short = prompt.shorten(candidate.configuration)
-            ids, logits = generate(model, short, max_new_tokens=LONGEST)
+            strategy = candidate.configuration.strategy
+            found = generate(model, short, max_new_tokens=LONGEST, strategy=strategy)
         except Exception as error:
             scores[candidate] = why(error)
             continue
-        scores[candidate] = _score(decode(processor, ids), plain, expected).model_copy(
+        after = float(short.report.tokens_after)
+        if found.layers is not None:
+            after = found.layers.average
+        scores[candidate] = _score(decode(processor, found.ids), plain, expected).model_copy(
             update={
-                "kl": float(divergence(reference, logits).sum()),
+                "kl": float(divergence(whole.logits, found.logits).sum()),
                 "tokens_before": short.report.tokens_before,
-                "tokens_after": short.report.tokens_after,
+                "tokens_after": round(after),
                 "plan_ms": short.report.plan_ms,
             }
         )

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tokenfuse.sessions.llm_stage import LayerCounts, layer_stage
 from tokenfuse.sessions.proportional import proportional_attention
+from tokenfuse.strategies._base import Strategy
+
+
+class Answered(NamedTuple):
+    """Greedy answers ``ids (B, A)`` without their prompts, and the first token's ``logits (B, V)``.
+
+    The logits are fp32. ``A`` is the length of the longest answer, ``V`` the size of the
+    vocabulary. ``layers``: what each decoder layer has read, where tokens have gone inside the LLM.
+    """
+
+    ids: Int[Tensor, "B A"]
+    logits: Float[Tensor, "B V"]
+    layers: LayerCounts | None
 
 
 def answers(
@@ -19,20 +33,25 @@ def answers(
 
     ``inputs`` are a processor's, padded on the left, or a prompt that ``compress`` has shortened.
     """
-    ids, _ = generate(model, inputs, max_new_tokens=max_new_tokens)
-    return decode(processor, ids)
+    return decode(processor, generate(model, inputs, max_new_tokens=max_new_tokens).ids)
 
 
 def generate(
-    model: Any, inputs: Mapping[str, Any], *, max_new_tokens: int
-) -> tuple[Int[Tensor, "B A"], Float[Tensor, "B V"]]:
-    """Greedy answers without their prompts, and the first token's logits in fp32.
+    model: Any,
+    inputs: Mapping[str, Any],
+    *,
+    max_new_tokens: int,
+    strategy: Strategy | None = None,
+) -> Answered:
+    """Greedy answers. ``inputs`` as for ``answers``; ``strategy``: the one that has shortened them.
 
-    ``A`` is the length of the longest answer, ``V`` the size of the vocabulary. ``inputs`` as for
-    ``answers``.
+    It is only needed where it acts inside the LLM, too.
     """
     turn = getattr(inputs, "turn", None)
-    with proportional_attention(model, None if turn is None else turn.shares):
+    with (
+        proportional_attention(model, None if turn is None else turn.shares),
+        layer_stage(model, strategy, turn) as stage,
+    ):
         output = model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -40,7 +59,8 @@ def generate(
             output_logits=True,
             return_dict_in_generate=True,
         )
-    return output.sequences[:, inputs["input_ids"].shape[1] :], output.logits[0].float()
+    ids = output.sequences[:, inputs["input_ids"].shape[1] :]
+    return Answered(ids, output.logits[0].float(), None if stage is None else stage.counts)
 
 
 def decode(processor: Any, ids: Int[Tensor, "B A"]) -> list[str]:

@@ -64,8 +64,8 @@ def measure_answer(
 ) -> Measured:
     """Answer one prompt, which also warms up for ``measure_times``."""
     with _attached(model, inputs, configuration):
-        ids, logits = generate(model, inputs, max_new_tokens=max_new_tokens)
-    return Measured(configuration, decode(processor, ids)[0], logits[0].cpu())
+        found = generate(model, inputs, max_new_tokens=max_new_tokens)
+    return Measured(configuration, decode(processor, found.ids)[0], found.logits[0].cpu())
 
 
 def measure_times(

@@ -168,9 +168,21 @@ class LayerCounts(NamedTuple):
     tokens: list[list[int]]
     score_ms: float
 
+    @property
+    def by_row(self) -> list[float]:
+        """How many visual tokens of each row a layer reads, on average over layers."""
+        return [sum(row) / len(row) for row in zip(*self.visual, strict=True)]
+
+    @property
+    def average(self) -> float:
+        """The same of all rows together."""
+        return sum(self.by_row)
+
 
 @contextmanager
-def layer_stage(model: Any, strategy: Strategy, turn: Turn | None) -> Iterator[LayerStage | None]:
+def layer_stage(
+    model: Any, strategy: Strategy | None, turn: Turn | None
+) -> Iterator[LayerStage | None]:
     """Cut the prompt of ``turn`` inside the LLM as the strategy says, within the block.
 
     What a cache holds of earlier turns was cut already, and is read as it is. None where nothing is
@@ -179,10 +191,10 @@ def layer_stage(model: Any, strategy: Strategy, turn: Turn | None) -> Iterator[L
     Raises UnsupportedModelError where the layers ran without their hooks.
     """
     new = turn is not None and turn.visuals is not None
-    cuts, pruning = strategy.cuts() if new else (), strategy.cache_pruning()
-    if turn is None or (not new and turn.layers is None):
+    if strategy is None or turn is None or (not new and turn.layers is None):
         yield None
         return
+    cuts, pruning = strategy.cuts() if new else (), strategy.cache_pruning()
     repeated = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if model.training and repeated:
         raise UnsupportedModelError(

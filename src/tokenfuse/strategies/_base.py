@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -217,6 +217,25 @@ class Strategy(BaseModel, ABC):
     def hint(self, grid: Grid) -> str | None:
         """What a user should know of this configuration for an item of this grid, in one line."""
         return None
+
+    def at_share(self, share: float, layers: int) -> Self:
+        """The same strategy where a decoder layer reads a ``share`` of the visual tokens.
+
+        On average over the ``layers`` of the decoder, as far as the options say it: a strategy that
+        acts before the LLM gets that ``keep_ratio``, one inside it a smaller one.
+
+        Raises ConfigError where no option says it.
+        """
+        if "keep_ratio" not in type(self).model_fields:
+            raise ConfigError(
+                f"strategy {self.name} has no option keep_ratio, so that it cannot be compared at "
+                "equal numbers of tokens: leave it out, or try it alone with tokenfuse run"
+            )
+        return self.with_options(keep_ratio=share)
+
+    def with_options(self, **options: Any) -> Self:
+        """The same strategy with other options, which are checked."""
+        return type(self)(**{**dict(self), **options})
 
     def describe(self) -> dict[str, Any]:
         """The configuration that makes this strategy again, ``{"strategy": name, ...}``."""

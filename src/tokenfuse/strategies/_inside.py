@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from math import prod
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
@@ -45,7 +45,31 @@ Shares = Annotated[
 ]
 
 
-class InsideOnly(Strategy):
+def share_after(share: float, layer: int, layers: int) -> float:
+    """The share that may be left from ``layer`` on, so that ``layers`` read ``share`` on average.
+
+    Raises ConfigError where the layers before have read more than that already.
+    """
+    if not 0 < layer < layers:
+        raise ConfigError(f"layer is {layer} of {layers} layers; expected 1 to {layers - 1}")
+    left = (share * layers - layer) / (layers - layer)
+    if left <= 0:
+        raise ConfigError(
+            f"the {layer} layer(s) of {layers} before the cut read {layer / layers:.0%} of the "
+            f"tokens on average already; expected a share above that, got {share:g}"
+        )
+    return min(1.0, left)
+
+
+def in_proportion(layers: tuple[int, ...], number: int) -> tuple[int, ...]:
+    """Layers of a decoder of 32, where papers state them, for one of ``number`` layers."""
+    if layers[-1] < number:
+        return layers
+    found = sorted({max(1, round(layer * number / 32)) for layer in layers})
+    return tuple(layer for layer in found if layer < number) or (number - 1,)
+
+
+class LayerStrategy(Strategy):
     """A strategy that acts at decoder layers; before the LLM every token stays.
 
     A subclass writes ``cuts``.
@@ -63,7 +87,7 @@ class InsideOnly(Strategy):
         return None
 
 
-class Scheduled(InsideOnly):
+class Scheduled(LayerStrategy):
     """A strategy that acts at several layers, with a share of the first count at each."""
 
     layers: Layers
@@ -84,6 +108,27 @@ class Scheduled(InsideOnly):
         if not isinstance(value, tuple | list):
             value = (value,)
         return tuple(int(x) if isinstance(x, float) and x.is_integer() else x for x in value)
+
+    def at_share(self, share: float, layers: int) -> Self:
+        """All shares of the schedule to one power, which makes the average.
+
+        A schedule for more layers is stretched to the decoder as if it were for 32.
+        """
+        at = in_proportion(self.layers, layers)
+        ratios = self.keep_ratio[-len(at) :]
+        share_after(share, at[0], layers)
+        ends = (*at[1:], layers)
+
+        def average(power: float) -> float:
+            parts = zip(ratios, at, ends, strict=True)
+            read = sum(float(ratio**power) * (end - start) for ratio, start, end in parts)
+            return (at[0] + read) / layers
+
+        low, high = 0.0, 64.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if average(middle) > share else (low, middle)
+        return self.with_options(layers=at, keep_ratio=tuple(r**high for r in ratios))
 
     @model_validator(mode="after")
     def _schedule(self) -> Scheduled:
@@ -137,6 +182,11 @@ class PerhapsInside(Budgeted):
 
     def cuts(self) -> tuple[LayerCut, ...]:
         return () if self.layer is None else (self._cut(self.layer),)
+
+    def at_share(self, share: float, layers: int) -> Self:
+        if self.layer is None:
+            return super().at_share(share, layers)
+        return self.with_options(keep_ratio=share_after(share, self.layer, layers))
 
     def _cut(self, layer: int) -> LayerCut:
         return LayerCut(layer, self._plan_inside)

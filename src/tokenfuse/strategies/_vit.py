@@ -8,7 +8,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Stage, Strategy
 
 
 class VitStrategy(ABC):
@@ -28,11 +27,3 @@ class VitStrategy(ABC):
     @abstractmethod
     def key_bias(self, sizes: Int[Tensor, "B N"]) -> Float[Tensor, "B N"] | None:
         """What is added to every attention logit of each key, or None for nothing."""
-
-
-def stages(cls: type[Strategy]) -> list[Stage]:
-    """Where a strategy can act: at its own stage, and inside a vision transformer if it knows how.
-
-    Sorted, without repetition.
-    """
-    return sorted({cls.stage, "vit"} if issubclass(cls, VitStrategy) else {cls.stage})

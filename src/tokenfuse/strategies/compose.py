@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import (
@@ -17,7 +17,7 @@ from pydantic import (
 )
 from torch import Tensor
 
-from tokenfuse.errors import PlanError
+from tokenfuse.errors import ConfigError, PlanError
 from tokenfuse.ops.select import budget
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Needs, Strategy
@@ -136,6 +136,14 @@ class Compose(Strategy):
 
     def for_modality(self, modality: Modality) -> Strategy | None:
         return self if self._before else None
+
+    def at_share(self, share: float, layers: int) -> Self:
+        if self.cuts():
+            raise ConfigError(
+                "a chain that ends inside the LLM has several shares, and one number does not say "
+                "them; expected each in its step"
+            )
+        return super().at_share(share, layers)
 
     def cuts(self) -> tuple[LayerCut, ...]:
         return tuple(cut for step in self.compose for cut in step.cuts())

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
 from tokenfuse.ops.select import budget, top
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._fields import KeepRatio
-from tokenfuse.strategies._inside import InsideOnly, Layer
+from tokenfuse.strategies._inside import Layer, LayerStrategy, in_proportion, share_after
 from tokenfuse.strategies._layers import LayerCut, LayerTokens
 
 
-class FastV(InsideOnly):
+class FastV(LayerStrategy):
     """Drop the visual tokens that the prompt's last token attends to least in an early layer.
 
     Source: FastV, arXiv 2403.06764. Scores are the attention of the last token in the layer before
@@ -40,6 +40,12 @@ class FastV(InsideOnly):
 
     def cuts(self) -> tuple[LayerCut, ...]:
         return (LayerCut(self.layer, self._plan, queries="last"),)
+
+    def at_share(self, share: float, layers: int) -> Self:
+        (layer,) = in_proportion((self.layer,), layers)
+        if share * layers <= layer:
+            layer = 1
+        return self.with_options(layer=layer, keep_ratio=share_after(share, layer, layers))
 
     @torch.no_grad()
     def _plan(self, tokens: LayerTokens) -> FusionPlan:

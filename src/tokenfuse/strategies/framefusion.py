@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -56,6 +56,9 @@ class FrameFusion(Strategy):
         0.1, ge=0, le=1, description="share of alike tokens below which merging ends"
     )
     last_layer: Layer = 4
+
+    def at_share(self, share: float, layers: int) -> Self:
+        return self.with_options(cost=share, last_layer=min(self.last_layer, layers - 1))
 
     def fuse(self, plan: FusionPlan, x: Tensor) -> Tensor:
         return fuse_weighed(plan, x)

@@ -18,13 +18,13 @@ from tokenfuse.prompt.turn import Turn
 from tokenfuse.sessions.llm_stage import decoder_layers, refuse_unfit_cuts
 from tokenfuse.sessions.vlm import TURN
 from tokenfuse.strategies._base import Strategy
-from tokenfuse.strategies._inside import InsideOnly
+from tokenfuse.strategies._inside import LayerStrategy
 from tokenfuse.strategies._layers import LayerCut, LayerTokens
 from tokenfuse.strategies.compose import Compose
 from tokenfuse.testing.oracle import MaskedRun
 
 
-class CutInside(InsideOnly):
+class CutInside(LayerStrategy):
     """Drops half of the visual tokens at each of its layers: those that text attends to least.
 
     ``own``: by the attention of the layer itself, instead of that before it. ``share``: how much

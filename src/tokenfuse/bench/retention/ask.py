@@ -21,7 +21,7 @@ from tokenfuse.compression import prompt_adapter
 from tokenfuse.config import Configuration, get_strategy
 from tokenfuse.costs import versions
 from tokenfuse.errors import ConfigError
-from tokenfuse.inference.generate import answers
+from tokenfuse.inference.generate import decode, generate
 from tokenfuse.inference.inputs import batch_inputs
 from tokenfuse.inference.load import load
 from tokenfuse.micro.questions import SUBTLE, StratumTask
@@ -119,13 +119,18 @@ def _ask_task(
     adapter = prompt_adapter(model, default_registry())
     prompt = EncodedPrompt(adapter, inputs)
     for setting in missing:
+        strategy = None
         if isinstance(setting, str):
             key, short = setting, _shown(prompt, clips, setting)
         else:
             key, short = setting.key, prompt.shorten(setting.configuration)
-        given = answers(model, processor, short, max_new_tokens=LONGEST)
+            strategy = setting.configuration.strategy
+        found = generate(model, short, max_new_tokens=LONGEST, strategy=strategy)
+        given = decode(processor, found.ids)
         shown = adapter.placeholders(short, "video") & (short["attention_mask"] != 0)
         left = shown.sum(-1).tolist()
+        if found.layers is not None:
+            left = [round(count) for count in found.layers.by_row]
         records.append(_answers(clips, key, given, left))
         tick(f"{task}: {key}", len(clips))
 
