@@ -10,7 +10,19 @@ from transformers import DynamicCache, StaticCache
 
 import tokenfuse
 from families import FAMILIES
-from models import AMONG, ROUNDING, batch, build, one_image, one_video, two_videos, visual_ids
+from models import (
+    AMONG,
+    ROUNDING,
+    batch,
+    build,
+    frames,
+    one_image,
+    one_video,
+    prompt,
+    two_videos,
+    user,
+    visual_ids,
+)
 from tokenfuse import FusionPlan, hookimpl
 from tokenfuse.errors import ConfigError, PlanError, PromptError, UnsupportedModelError
 from tokenfuse.ops.row_attention import received_attention, row_attention
@@ -55,9 +67,9 @@ def agree(out, inputs, oracle):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("layers", [(1,), (2,), (3,), (4,), (1, 2), (1, 3, 4)])
-@pytest.mark.parametrize("prompt", [two_videos, batch, lambda: batch("right")])
-def test_cuts_before_between_and_after_deepstack(attention, layers, prompt):
-    model, inputs = deep(attention), prompt()
+@pytest.mark.parametrize("shown", [two_videos, batch, lambda: batch("right")])
+def test_cuts_before_between_and_after_deepstack(attention, layers, shown):
+    model, inputs = deep(attention), shown()
     with tokenfuse.attach(model, CutInside(layers=layers)) as session, torch.no_grad():
         output = model(**inputs, use_cache=True)
     oracle = oracle_of(model, inputs, cache_of(output))
@@ -219,9 +231,9 @@ def merged_by_hand(model, inputs, layers):
 
 
 @pytest.mark.parametrize("layers", [(1,), (2,), (1, 2), (1, 3)])
-@pytest.mark.parametrize("prompt", [one_video, two_videos, one_image])
-def test_merged_tokens_get_the_mean_of_their_deepstack_features(layers, prompt):
-    model, inputs = deep(), prompt()
+@pytest.mark.parametrize("shown", [one_video, two_videos, one_image])
+def test_merged_tokens_get_the_mean_of_their_deepstack_features(layers, shown):
+    model, inputs = deep(), shown()
     with torch.no_grad():
         expected = merged_by_hand(model, inputs, layers)
         with tokenfuse.attach(model, MergeInside(layers=layers)):
@@ -231,10 +243,10 @@ def test_merged_tokens_get_the_mean_of_their_deepstack_features(layers, prompt):
     assert float((mine - plain).abs().max()) > 10 * ROUNDING
 
 
-@pytest.mark.parametrize("prompt", [one_video, lambda: batch()])
-def test_an_answer_reads_the_cache_in_part(prompt):
+@pytest.mark.parametrize("shown", [one_video, lambda: batch()])
+def test_an_answer_reads_the_cache_in_part(shown):
     """DyCoke's second stage equals the full run in which each step hides its own tokens."""
-    model, inputs, layer = deep(), prompt(), 2
+    model, inputs, layer = deep(), shown(), 2
     strategy = tokenfuse.get_strategy(
         "dycoke", keep_ratio=1.0, cache_layer=layer, cache_keep_ratio=0.25
     )
@@ -521,3 +533,73 @@ def test_what_all_rows_pay_together():
     every = row_attention(queries, keys, 0.3, causal, softcap=5.0)
     mine = received_attention(queries, keys, 0.3, lambda part: causal[part], softcap=5.0)
     torch.testing.assert_close(mine, every.mean((0, 1)))
+
+
+def test_a_cache_goes_on_under_cuts_at_other_layers():
+    model, inputs = deep(), one_video()
+    length = inputs["input_ids"].shape[1]
+    with tokenfuse.attach(model, CutInside(layers=(1, 3))):
+        first = model.generate(**inputs, **GREEDY)
+    ids = torch.cat([first.sequences, inputs["input_ids"]], -1)
+    whole = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": torch.cat(
+            [
+                inputs["mm_token_type_ids"],
+                torch.zeros_like(first.sequences[:, length:]),
+                inputs["mm_token_type_ids"],
+            ],
+            -1,
+        ),
+        "pixel_values_videos": torch.cat([inputs["pixel_values_videos"]] * 2),
+        "video_grid_thw": torch.cat([inputs["video_grid_thw"]] * 2),
+    }
+    with tokenfuse.attach(model, CutInside(layers=(2,))) as session:
+        second = model.generate(**whole, **GREEDY, **as_argument(cache_of(first)))
+    turn = cache_of(second)._tokenfuse_turn
+    assert [kept.layer for kept in turn.layers.kept] == [1, 2, 3]
+    assert session.report.layer_tokens[1] > session.report.layer_tokens[2]
+    agree(second, whole, oracle_of(model, whole, cache_of(second)))
+    # And a turn of text under yet another strategy, which cuts nothing.
+    later = torch.cat([second.sequences, torch.tensor([[7, 8]])], -1)
+    with tokenfuse.attach(model, "ttf"):
+        third = model.generate(
+            input_ids=later,
+            attention_mask=torch.ones_like(later),
+            **GREEDY,
+            **as_argument(cache_of(second)),
+        )
+    oracle = oracle_of(model, whole, cache_of(second))
+    oracle.append(later[:, ids.shape[1] :])
+    agree(third, {"input_ids": later}, oracle)
+
+
+@pytest.mark.parametrize("name", ["sparsevlm", "fastv", "vitcop", "framefusion"])
+def test_a_prompt_of_text_in_a_batch_stays_whole(name):
+    model = deep()
+    texts = [user("video", "What is it?"), user("How many objects are there, and of what shape?")]
+    inputs = prompt(texts, videos=[frames(3, 3)])
+    options = {"layers": 2, "keep_ratio": 0.4} if name in ("sparsevlm", "vitcop") else {}
+    with tokenfuse.attach(model, name, **options) as session:
+        out = model.generate(**inputs, **GREEDY)
+        alone = model.generate(**prompt(texts[:1], videos=[frames(3, 3)]), **GREEDY)
+    assert all(row[1] == 0 for row in session.reports[0].layer_tokens)
+    near = [torch.stack(x.logits, 1)[0] for x in (out, alone)]
+    torch.testing.assert_close(near[0][0], near[1][0], atol=ROUNDING, rtol=0)
+    oracle = oracle_of(model, inputs, cache_of(out))
+    if name != "framefusion" and not options.get("keep_ratio"):
+        agree(out, inputs, oracle)
+
+
+def test_a_prompt_that_ends_with_a_visual_token_is_refused():
+    model, inputs = deep(), one_video()
+    end = int((inputs["input_ids"][0] == NEVER[1]).nonzero().max()) + 1
+    cut = {k: v[:, :end] if v.shape[:1] == (1,) and v.ndim == 2 else v for k, v in inputs.items()}
+    cut["video_grid_thw"] = inputs["video_grid_thw"]
+    with (
+        pytest.raises(PromptError, match="ends with a visual token, which strategy fastv"),
+        tokenfuse.attach(model, "fastv"),
+        torch.no_grad(),
+    ):
+        model(**cut)

@@ -132,12 +132,22 @@ class _Row:
     fused: list[tuple[FusionPlan, Any]] = field(default_factory=list)
 
 
+class _Cut(NamedTuple):
+    """What a cut has left of a call; see _Call."""
+
+    layer: int
+    columns: Tensor
+    valid: Tensor
+    even: bool
+
+
 @dataclass
 class _Call:
     """One call of the decoder. ``past``: columns that its caches stand for. ``cache``: they.
 
-    ``rows``: the prompts, where this call reads them. ``kept``: for layers that have run, which
-    columns are left. ``unread (B, W)``: which columns the layers that prune do not read. ``short
+    ``rows``: the prompts, where this call reads them. ``columns (B, S)``: those of the call that
+    are left, ``valid``: which of them count, ``even``: whether all do; ``cuts``: the same for each cut
+    so far. ``unread (B, W)``: which columns the layers that prune do not read. ``short
     (B, S, D)``: what the last layer has made of them; ``whole``: the same
     in its place among all, which the model has been given.
     """
@@ -150,7 +160,7 @@ class _Call:
     columns: Tensor | None = None
     valid: Tensor | None = None
     even: bool = True
-    kept: list[Kept] = field(default_factory=list)
+    cuts: list[_Cut] = field(default_factory=list)
     short: Tensor | None = None
     whole: Tensor | None = None
     unread: Tensor | None = None
@@ -240,6 +250,8 @@ class LayerStage:
         self.call: _Call | None = None
         self.read: _Call | None = None
         """The last call that has read the prompt."""
+        self.unsettled: _Call | None = None
+        """The same until what it has cut is in ``before``."""
         self.heard: HeardKeys | None = None
 
     def place(self, hooks: ExitStack) -> None:
@@ -266,23 +278,24 @@ class LayerStage:
 
     def after(self, turn: Turn) -> Turn:
         """The turn, with what the caches hold of it since."""
-        return turn if self.read is None else replace(turn, visuals=None, layers=self._held_now)
+        if self.read is None:
+            return turn
+        self._settle()
+        return replace(turn, visuals=None, layers=self.before)
 
-    @property
-    def _held_now(self) -> Layers:
-        """What the caches hold after the call that has read the prompt."""
-        kept = [] if self.read is None else self.read.kept
-        first = kept[0].layer if kept else len(self.layers)
+    def _settle(self) -> None:
+        """Note what the caches hold after the call that has read the prompt, once."""
+        call, self.unsettled = self.unsettled, None
+        if call is None or call.rows is None:
+            return
+        # Also where an earlier turn was cut at other layers.
+        marks = {kept.layer for kept in self.before.kept} | {cut.layer for cut in call.cuts}
         visual = self.before.visual
-        if self.read is not None and self.read.rows is not None and self.pruning is not None:
-            new = [self.read.past + row.columns[row.visual] for row in self.read.rows]
+        if self.pruning is not None:
+            new = [call.past + row.columns[row.visual] for row in call.rows]
             old = visual or [columns[:0] for columns in new]
-            visual = tuple(
-                torch.cat([a[a < self.read.past], b]) for a, b in zip(old, new, strict=True)
-            )
-        return Layers(
-            (*(older for older in self.before.kept if older.layer < first), *kept), visual
-        )
+            visual = tuple(torch.cat(pair) for pair in zip(old, new, strict=True))
+        self.before = Layers(tuple(self._kept(call, layer) for layer in sorted(marks)), visual)
 
     @property
     def counts(self) -> LayerCounts | None:
@@ -310,14 +323,14 @@ class LayerStage:
             self.call = None
             return
         if cache is not None:
-            self.before = self._held_now
+            self._settle()
         past = 0 if cache is None else int(cache.get_seq_length())
         shape = (hidden.shape[0], hidden.shape[1])
         times = shape[0] // len(self.turn.ids)
         rows = self._rows(past, shape[1])
         self.call = _Call(cache, past, shape, times, rows)
         if rows is not None:
-            self.read = self.call
+            self.read = self.unsettled = self.call
 
     def _rows(self, past: int, width: int) -> list[_Row] | None:
         """The prompts, if a call reads them whose caches stand for ``past`` columns."""
@@ -334,6 +347,12 @@ class LayerStage:
             [self.turn.mask[:, past:] != 0, visuals.here.new_ones(len(self.turn.ids), more)], -1
         )
         columns, _ = pad_left(real, [count + more for count in visuals.lengths])
+        if self.cuts and not more and bool(visuals.here.gather(1, past + columns[:, -1:]).any()):
+            raise PromptError(
+                f"a prompt ends with a visual token, which strategy {self.strategy.name} may "
+                "remove inside the LLM; expected text after the last image or video: let the processor "
+                "end the prompt"
+            )
         found = []
         for row, (length, count) in enumerate(zip(visuals.lengths, visuals.counts, strict=True)):
             own = columns[row, columns.shape[1] - length - more :]
@@ -397,23 +416,27 @@ class LayerStage:
             return None
         made = output[0]
         short = made[0] if isinstance(made, tuple) else made
-        index = self._index(call)[..., None].expand_as(short)
+        index = self._index(call, short)[..., None].expand_as(short)
         whole = short.new_zeros(*call.shape, short.shape[-1]).scatter(1, index, short)
         call.short, call.whole = short, whole
         if number == len(self.layers) - 1:
             call.short = call.whole = None
+            call.made.clear()
         return (whole, *made[1:]) if isinstance(made, tuple) else whole
 
-    def _index(self, call: _Call) -> Tensor:
+    def _index(self, call: _Call, like: Tensor) -> Tensor:
+        """The columns that are left, for each row of ``like``, on its device."""
         assert call.columns is not None
-        return call.columns.repeat_interleave(call.times, 0)
+        return call.columns.repeat_interleave(call.times, 0).to(like.device)
 
     def _resume(self, call: _Call, hidden: Tensor) -> Tensor:
         """What is left at the input of a layer, with what the model has added since the last."""
         if hidden is call.whole:
             assert call.short is not None
             return call.short
-        short = hidden.gather(1, self._index(call)[..., None].expand(-1, -1, hidden.shape[-1]))
+        short = hidden.gather(
+            1, self._index(call, hidden)[..., None].expand(-1, -1, hidden.shape[-1])
+        )
         assert call.rows is not None
         if call.whole is None or call.short is None or not any(row.fused for row in call.rows):
             return short
@@ -441,6 +464,8 @@ class LayerStage:
                 continue
             call.chosen[cut.layer] = [
                 row.columns[cut.choose(self._view(call, row, hidden[i * call.times], 0))]
+                if len(row.visual)
+                else row.columns[:0]
                 for i, row in enumerate(call.rows)
             ]
 
@@ -473,7 +498,7 @@ class LayerStage:
         if call.columns is not None and hidden is not call.whole:
             # The model has added something; where tokens are fused it belongs to what is left.
             short = self._resume(call, hidden)
-            hidden = hidden.scatter(1, self._index(call)[..., None].expand_as(short), short)
+            hidden = hidden.scatter(1, self._index(call, short)[..., None].expand_as(short), short)
         if cut.own:
             self._score_own(cut, call, layer, hidden, kwargs)
         reads = call.read.pop(cut.layer, [{} for _ in call.rows])
@@ -498,8 +523,8 @@ class LayerStage:
         call.columns, call.valid = pad_left(keep, lengths)
         call.even = min(lengths) == max(lengths)
         call.made.clear()
-        call.kept.append(self._kept(call, cut.layer))
-        index = self._index(call)[..., None].expand(-1, -1, hidden.shape[-1])
+        call.cuts.append(_Cut(cut.layer, call.columns, call.valid, call.even))
+        index = self._index(call, hidden)[..., None].expand(-1, -1, hidden.shape[-1])
         short = hidden.gather(1, index)
         for i, row, plan, before in changed:
             assert cut.fuse is not None
@@ -528,22 +553,26 @@ class LayerStage:
         return plan
 
     def _kept(self, call: _Call, number: int) -> Kept:
-        """What the caches of the layers from one on hold after this call."""
-        assert call.columns is not None
-        assert call.valid is not None
+        """What the caches of the layers from one on hold after a call that has read the prompt."""
         # What follows the prompt in the same call, as with lookup decoding, may be taken back.
         more = call.past + call.shape[1] - self.turn.ids.shape[1]
-        end = call.columns.shape[1] - more
-        columns, valid = call.past + call.columns[:, :end], call.valid[:, :end]
-        before, whole = self.before.at(number), call.even
+        last = next((cut for cut in reversed(call.cuts) if cut.layer <= number), None)
+        if last is None:
+            columns = torch.arange(call.shape[1], device=self.turn.ids.device)
+            columns = columns.expand(len(self.turn.ids), -1)
+            valid, whole = torch.ones_like(columns, dtype=torch.bool), True
+        else:
+            columns, valid, whole = last.columns, last.valid, last.even
+        end = columns.shape[1] - more
+        columns, valid = call.past + columns[:, :end], valid[:, :end]
+        before = self.before.at(number)
         if before is not None:
             older, counts = before.until(call.past)
             whole = whole and before.whole
-        elif call.past:
+        else:
             older = torch.arange(call.past, device=columns.device).expand(len(columns), -1)
             counts = torch.ones_like(older, dtype=torch.bool)
-        if before is not None or call.past:
-            columns, valid = torch.cat([older, columns], -1), torch.cat([counts, valid], -1)
+        columns, valid = torch.cat([older, columns], -1), torch.cat([counts, valid], -1)
         return Kept(number, columns, valid, self.turn.ids.shape[1], whole)
 
     # --- scores ----------------------------------------------------------------------------------
@@ -584,6 +613,9 @@ class LayerStage:
         for i, row in enumerate(call.rows):
             at, places = i * call.times, self._places(call, row)
             read: dict[str, Any] = {}
+            if not len(row.visual):
+                found.append(read)
+                continue
             if cut.keys:
                 read["keys"] = keys[at][:, past + places].transpose(0, 1)
             if cut.queries is not None:
@@ -680,7 +712,9 @@ class LayerStage:
         """Whether a cut reads attention or keys of this call."""
         assert call.rows is not None
         return cut.asks is None or any(
-            cut.asks(tuple(row.counts), row.original, len(self.layers)) for row in call.rows
+            cut.asks(tuple(row.counts), row.original, len(self.layers))
+            for row in call.rows
+            if len(row.visual)
         )
 
     def _places(self, call: _Call, row: _Row) -> Tensor:
@@ -763,9 +797,9 @@ class LayerStage:
             return value
         key = ("", id(value))
         if key not in call.made:
-            index = self._index(call)
 
             def pick(x: Tensor, batch: int, columns: int) -> Tensor:
+                index = self._index(call, x)
                 if x.ndim < -batch:
                     x = x.expand(1, *x.shape)
                 shape = list(x.shape)

@@ -419,6 +419,9 @@ class Session(Attached):
         arguments = for_shorter_prompt(
             short, prompt, short["input_ids"], self.model.generation_config
         )
+        if turn.visuals is not None or turn.layers is not None:
+            # A static cache would have the steps compiled, without the hooks of the layers.
+            arguments.setdefault("disable_compile", True)
         with (
             proportional_attention(self.model, turn.shares),
             layer_stage(self.model, self.strategy, turn) as stage,

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tokenfuse.micro.motion import MOTIONS, Motion
 from tokenfuse.micro.questions import PLAIN, SUBTLE, StratumTask
 from tokenfuse.micro.strata import LEAST, LEAST_FOR, Stratum, refusal
 from tokenfuse.registry import Registry
+from tokenfuse.strategies._base import Strategy
 
 UNCOMPRESSED = "uncompressed"
 BLIND = "blind"
@@ -27,6 +28,8 @@ CHECKS = (BLIND, UNDECIDED)
 """Settings that no model may pass: no visual token; none of the decisive temporal patches."""
 
 
+AVERAGE = "layer_average"
+"""A key of a grid: what layers read on average, whatever option of a strategy says it."""
 SEEDS = 1000
 """Seeds of a motion: no two strata of a task share one, so that their questions are independent."""
 
@@ -35,7 +38,8 @@ class Sweep(BaseModel):
     """A strategy at every point of a grid.
 
     ``strategy``: a name, preset, YAML file or mapping, or ``all`` for every registered one that
-    takes a ``keep_ratio``. ``grid``: values of options by name. ``about``: a sentence for the page.
+    takes a ``keep_ratio``. ``grid``: values of options by name, and of ``layer_average``, the share
+    of the visual tokens that a decoder layer reads on average. ``about``: a sentence for the page.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,7 +53,8 @@ class Sweep(BaseModel):
 class Plan(BaseModel):
     """The whole benchmark. ``questions`` are per stratum.
 
-    ``focus``: names of sweeps with one setting, whose strata are shown one by one.
+    ``layers``: how many the decoder of every model has. ``focus``: names of sweeps with one
+    setting, whose strata are shown one by one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +62,7 @@ class Plan(BaseModel):
     questions: int = Field(10, ge=1, le=SEEDS)
     patches: int = Field(8, ge=LEAST, le=16)
     seed: int = Field(0, ge=0)
+    layers: int = Field(4, ge=2)
     tasks: list[StratumTask] = [*PLAIN, *SUBTLE]
     motions: list[Motion] = list(MOTIONS)
     sweeps: list[Sweep] = [
@@ -107,7 +113,7 @@ def settings(plan: Plan, registry: Registry) -> list[Setting]:
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"sweeps: {', '.join(sorted(twice))}: two have this name: rename one")
     for sweep in plan.sweeps:
-        for point, configuration in _points(sweep, registry):
+        for point, configuration in _points(sweep, plan.layers, registry):
             key = key_of(configuration)
             setting = found.setdefault(key, Setting(key, configuration, {}))
             setting.where[sweep.name] = point
@@ -123,10 +129,21 @@ def key_of(configuration: Configuration) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def _points(sweep: Sweep, registry: Registry) -> Iterator[tuple[dict[str, Any], Configuration]]:
+def _points(
+    sweep: Sweep, layers: int, registry: Registry
+) -> Iterator[tuple[dict[str, Any], Configuration]]:
     wide = sweep.strategy == ALL and ALL not in registry.strategies
-    for source in comparable(registry) if wide else [sweep.strategy]:
+    every = [name for name in comparable(registry) if _takes_ratio(registry.strategy(name))]
+    for source in every if wide else [sweep.strategy]:
         for values in itertools.product(*sweep.grid.values()):
             point = dict(zip(sweep.grid, values, strict=True))
-            configuration = get_configuration(source, **point, registry=registry)
+            options = {name: value for name, value in point.items() if name != AVERAGE}
+            configuration = get_configuration(source, **options, registry=registry)
+            if AVERAGE in point:
+                strategy = configuration.strategy.at_share(point[AVERAGE], layers)
+                configuration = replace(configuration, strategy=strategy)
             yield {KEY: configuration.strategy.name, **point}, configuration
+
+
+def _takes_ratio(cls: type[Strategy]) -> bool:
+    return cls.stage == "pre_llm" and "keep_ratio" in cls.model_fields
