@@ -293,7 +293,7 @@ def compress_prompt(
             "values: accumulate in float32"
         )
     if inside:
-        visuals = _visuals(prompt, encoded, made, turn, lengths, held)
+        visuals = _visuals(prompt, encoded, made, turn, lengths, after)
         turn = replace(turn, visuals=visuals)
     report = _report(
         adapter,
@@ -467,14 +467,17 @@ def _visuals(
     made: Mapping[Modality, Sequence[FusionPlan]],
     turn: Turn,
     lengths: Sequence[int],
-    held: int,
+    after: Turn | None,
 ) -> Visuals:
     """Where the visual tokens stand in the short prompt of ``turn``.
 
-    ``lengths``: how many tokens each row of it has that no cache holds. ``held``: how many of the
-    caller's columns a cache stands for.
+    ``lengths``: how many tokens each row of it has that no cache holds. ``after``: what a cache
+    holds of it.
     """
     rows, length = prompt.ids.shape
+    held, earlier = (0 if after is None else after.length), [0] * rows
+    for item in () if after is None else after.items:
+        earlier[item.first[0]] += item.plan.num_kept
     here = torch.zeros_like(prompt.ids, dtype=torch.bool)
     place = prompt.ids.new_zeros(rows, length, 5)
     grids: list[Grid] = []
@@ -509,6 +512,7 @@ def _visuals(
         tuple(counts),
         tuple(originals),
         tuple(lengths),
+        tuple(earlier),
     )
 
 
@@ -645,15 +649,18 @@ def told_by_layer(
     adapter: Adapter,
     report: Report,
     visual: list[list[int]],
-    tokens: list[list[int]],
     score_ms: float,
     inputs: Mapping[str, Any],
 ) -> Report:
     """A report, after the LLM has read the prompt and tokens have gone inside it.
 
-    ``visual``, ``tokens``: how many visual tokens and tokens each layer has read of each row.
-    ``score_ms``: what choosing them took.
+    ``visual``: how many visual tokens each layer has read of each row. ``score_ms``: what choosing
+    them took.
     """
+    rows = range(len(report.prompt_after))
+    tokens = [
+        [report.prompt_after[row] - visual[0][row] + layer[row] for row in rows] for layer in visual
+    ]
     config = adapter.model.config.get_text_config()
     element = _element_bytes(adapter.model, inputs, cache_of(inputs))
     return report.model_copy(

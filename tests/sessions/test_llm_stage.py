@@ -29,8 +29,8 @@ from tokenfuse.ops.row_attention import received_attention, row_attention
 from tokenfuse.prompt.cache import as_argument, cache_of
 from tokenfuse.prompt.layers import Kept, pad_left
 from tokenfuse.registry import Registry
+from tokenfuse.sessions._decoder import decoder_layers
 from tokenfuse.sessions._masks import Entries, cut_mask
-from tokenfuse.sessions.llm_stage import decoder_layers
 from tokenfuse.sessions.proportional import before_attention
 from tokenfuse.strategies._inside import LayerStrategy
 from tokenfuse.strategies._layers import LayerCut, WeighedPlan, fuse_weighed
@@ -603,3 +603,29 @@ def test_a_prompt_that_ends_with_a_visual_token_is_refused():
         torch.no_grad(),
     ):
         model(**cut)
+
+
+def test_the_report_of_a_later_turn_counts_what_the_caches_hold():
+    model, inputs = deep(), one_video()
+    one = {**GREEDY, "max_new_tokens": 1}
+    with tokenfuse.attach(model, CutInside(layers=(1, 3))) as session:
+        first = model.generate(**inputs, **one)
+        ids = torch.cat([first.sequences, inputs["input_ids"]], -1)
+        more = torch.zeros_like(first.sequences[:, inputs["input_ids"].shape[1] :])
+        types = [inputs["mm_token_type_ids"], more, inputs["mm_token_type_ids"]]
+        whole = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": torch.cat(types, -1),
+            "pixel_values_videos": torch.cat([inputs["pixel_values_videos"]] * 2),
+            "video_grid_thw": torch.cat([inputs["video_grid_thw"]] * 2),
+        }
+        second = model.generate(**whole, **one, **as_argument(cache_of(first)))
+    config, cache = model.config.get_text_config(), cache_of(second)
+    per = 2 * config.num_key_value_heads * config.head_dim * 4
+    held = [int(cache.get_seq_length(layer)) for layer in range(5)]
+    report = session.report
+    assert report.kv_cache_bytes_after == per * sum(held)
+    assert report.layer_tokens[0] == [report.tokens_after] == [report.tokens_before]
+    once = session.reports[0].layer_tokens
+    assert report.layer_tokens == [[2 * n for n in layer] for layer in once]

@@ -18,7 +18,7 @@ from tokenfuse.config import (
 )
 from tokenfuse.errors import ConfigError, UnsupportedModelError
 from tokenfuse.registry import Registry
-from tokenfuse.sessions.llm_stage import refuse_unfit_cuts
+from tokenfuse.sessions._decoder import refuse_unfit_cuts
 
 ALL = "all"
 CONTROLS = ("uniform", "random", "frame_subsample")

@@ -283,15 +283,15 @@ def _ask(
         except Exception as error:
             scores[candidate] = why(error)
             continue
-        after = float(short.report.tokens_after)
+        after, plan_ms = float(short.report.tokens_after), short.report.plan_ms
         if found.layers is not None:
-            after = found.layers.average
+            after, plan_ms = found.layers.average, plan_ms + found.layers.score_ms
         scores[candidate] = _score(decode(processor, found.ids), plain, expected).model_copy(
             update={
                 "kl": float(divergence(whole.logits, found.logits).sum()),
                 "tokens_before": short.report.tokens_before,
                 "tokens_after": round(after),
-                "plan_ms": short.report.plan_ms,
+                "plan_ms": plan_ms,
             }
         )
     return scores

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from tokenfuse.bench.candidates import CONTROLS
 from tokenfuse.bench.markdown import NONE, table
 from tokenfuse.bench.micro import OWN_MODEL, Benchmark, Score, interval
-from tokenfuse.config import get_strategy
+from tokenfuse.config import get_configuration
 from tokenfuse.micro.build import TOKENS_PER_FRAME
 from tokenfuse.micro.tasks import HELD_OUT_PATCHES
 from tokenfuse.registry import default_registry
@@ -17,8 +17,9 @@ PAGE = """\
 
 Right answers of {model}, on {questions} questions of each of {tasks} tasks about clips of held-out
 seeds, {first} to {last} temporal patches long. Every strategy gets the same clips and questions and
-is asked to keep the same share of tokens; everything else is its default. An answer counts if it is
-right to the letter. {controls} are controls that hardly look at the tokens.
+is asked to keep the same share of tokens, of those that a decoder layer reads on average where it
+acts [inside the LLM](../explanation/inside-the-llm.md); everything else is its default. An answer
+counts if it is right to the letter. {controls} are controls that hardly look at the tokens.
 
 ![Right answers against the share of tokens kept, a line per strategy]({picture})
 
@@ -47,9 +48,10 @@ them, narrower elsewhere.
 {by_task}
 ## Time of matching
 
-Mean milliseconds per clip from features to fused features, the vision tower and the LLM left out,
-on {device} in {dtype}, measured in passing: trust the order of magnitude. A clip of the micro model
-has 144 to 288 tokens, so that these say little about long videos.
+Mean milliseconds per clip from features to fused features, and of choosing inside the LLM; the
+vision tower and the rest of the LLM left out, on {device} in {dtype}, measured in passing: trust
+the order of magnitude. A clip of the micro model has 144 to 288 tokens, so that these say little
+about long videos.
 
 {time}
 {cannot}## How it was measured
@@ -140,8 +142,8 @@ def _hints(able: Sequence[Score]) -> str:
     """What the strategies themselves say of such budgets, for the shortest clips."""
     registry, lines = default_registry(), []
     for score in able:
-        if score.strategy in registry.strategies and score.keep_ratio is not None:
-            strategy = get_strategy(score.strategy, keep_ratio=score.keep_ratio)
+        if score.strategy in registry.strategies and score.options is not None:
+            strategy = get_configuration(score.options, registry=registry).strategy
             if hint := strategy.hint((HELD_OUT_PATCHES[0], 1, TOKENS_PER_FRAME)):
                 lines.append(f"- `{score.strategy}` at {score.keep_ratio:g}: {hint}.\n")
     return f"\nIn clips of {HELD_OUT_PATCHES[0]} patches:\n\n{''.join(lines)}" if lines else ""

@@ -19,8 +19,9 @@ class Visuals:
     ``here (B, L)``: which columns hold one. ``coords (B, L, 3)``: its frame, row and column.
     ``item (B, L)``: the number of its image or video, an index into ``grids``. ``sizes (B, L)``:
     how many tokens it stands for. ``counts``: how many each row has, ``originals``: of how many
-    that the vision tower has made. ``lengths``: how many tokens that are no padding each row has,
-    the new ones alone where a cache holds the beginning.
+    that the vision tower has made. ``lengths``: how many tokens that are no padding each row has.
+    Where a cache holds the beginning, all these are of what is new alone; ``earlier``: how many
+    visual tokens of each row came before.
     """
 
     here: Bool[Tensor, "B L"]
@@ -31,6 +32,7 @@ class Visuals:
     counts: tuple[int, ...]
     originals: tuple[int, ...]
     lengths: tuple[int, ...]
+    earlier: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,10 +65,12 @@ class Layers:
     """What the caches of all layers hold, in ascending order of layers; none before the first.
 
     ``visual``: for each row the columns of its visual tokens, where pruning while answering asks.
+    ``counts``: how many visual tokens each layer holds, layer by layer and row by row.
     """
 
     kept: tuple[Kept, ...]
     visual: tuple[Int[Tensor, " V"], ...] = ()
+    counts: tuple[tuple[int, ...], ...] = ()
 
     def at(self, layer: int) -> Kept | None:
         """What the cache of one layer holds, None where that is all."""
@@ -84,6 +88,7 @@ class Layers:
                 for kept in self.kept
             ),
             tuple(visual for visual in self.visual for _ in range(times)),
+            tuple(tuple(n for n in layer for _ in range(times)) for layer in self.counts),
         )
 
 

@@ -180,3 +180,49 @@ def visible_rows(mask: Tensor | None, row: int, places: Tensor, past: int, keys:
         return own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
     causal = entries <= past + places[:, None]
     return causal if mask is None else causal & mask[min(row, len(mask) - 1)].bool()
+
+
+class _Reached(Exception):
+    """Carries what a layer calls its attention with out of it."""
+
+    def __init__(self, call: dict[str, Any]) -> None:
+        super().__init__()
+        self.call = call
+
+
+class _Stop(nn.Module):
+    """Stands for an attention, and goes no further."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Reached({**kwargs, "hidden_states": args[0]} if args else kwargs)
+
+
+def arguments_of(
+    layer: Any,
+    name: str,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    row: int,
+    columns: Tensor,
+    shape: tuple[int, int],
+) -> dict[str, Any]:
+    """What a layer would call its attention with, for some columns of one row. It stays as it is.
+
+    ``name``: that of the attention in the layer.
+    """
+    some = {
+        key: chosen_places(key, value, shape, row, columns)
+        for key, value in kwargs.items()
+        if key not in (*CACHES, "attention_mask", "hidden_states")
+    }
+    twin = object.__new__(type(layer))
+    vars(twin).update(vars(layer))
+    vars(twin)["_modules"] = {**layer._modules, name: _Stop()}
+    try:
+        type(layer).forward(twin, hidden[row : row + 1, columns], attention_mask=None, **some)
+    except _Reached as reached:
+        return reached.call
+    raise UnsupportedModelError(
+        f"a {type(layer).__name__} does not call its attention, so that it cannot be scored; "
+        "expected a strategy that reads none, such as uniform with a layer"
+    )

@@ -10,27 +10,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenfuse.adapters._hooks import Hook
-from tokenfuse.costs import Stopwatch, attends
-from tokenfuse.errors import ConfigError, PlanError, PromptError, UnsupportedModelError
+from tokenfuse.costs import Stopwatch
+from tokenfuse.errors import PlanError, PromptError, UnsupportedModelError
 from tokenfuse.ops.row_attention import received_attention, row_attention
 from tokenfuse.ops.select import true_indices
-from tokenfuse.plan import DROPPED, FusionPlan
+from tokenfuse.plan import FusionPlan
 from tokenfuse.prompt.cache import CACHES, cache_of
 from tokenfuse.prompt.layers import Kept, Layers, pad_left
 from tokenfuse.prompt.turn import Turn
+from tokenfuse.sessions._calls import Call, Cut, Row, leave
+from tokenfuse.sessions._decoder import attention_of, decoder_layers
 from tokenfuse.sessions._masks import Entries, cut_mask
 from tokenfuse.sessions._rows import (
     HeardKeys,
     all_rows,
     along,
-    chosen_places,
+    arguments_of,
     given_rows,
     hearing,
     visible_rows,
@@ -38,144 +40,11 @@ from tokenfuse.sessions._rows import (
 from tokenfuse.strategies._base import Strategy
 from tokenfuse.strategies._layers import CachePruning, LayerCut, LayerTokens, StepState
 
-MASKED = ("sdpa", "eager")
-"""Attention implementations of transformers that take a mask for each query and key."""
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """The layers of a transformers model's decoder, in order."""
-    layers = getattr(model.get_decoder(), "layers", None)
-    if layers is None:
-        raise UnsupportedModelError(
-            f"the decoder of {type(model).__name__} has no layers; expected a list of them, as "
-            "transformers' decoders have"
-        )
-    return list(layers)
-
-
-def attention_of(layer: nn.Module) -> tuple[str, Any]:
-    """The attention of a decoder layer, and the name that it has there."""
-    for name, module in layer.named_children():
-        if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups"):
-            return name, module
-    raise UnsupportedModelError(
-        f"no attention was found in a {type(layer).__name__}; expected a module with layer_idx and "
-        "num_key_value_groups, as transformers has them"
-    )
-
-
-def refuse_unfit_cuts(model: Any, strategy: Strategy, attention: str = "plain") -> None:
-    """Raise UnsupportedModelError or ConfigError where a strategy cannot act in this decoder."""
-    cuts, pruning = strategy.cuts(), strategy.cache_pruning()
-    if not cuts and pruning is None:
-        return
-    config = model.config.get_text_config()
-    layers = [cut.layer for cut in cuts] + ([] if pruning is None else [pruning.layer])
-    number = len(decoder_layers(model))
-    for layer in layers:
-        if not 1 <= layer < number:
-            raise ConfigError(
-                f"strategy {strategy.name} acts at layer {layer}; the decoder of "
-                f"{type(model).__name__} has {number} layers; expected 1 to {number - 1}: at 0 "
-                "strategies act before the LLM"
-            )
-    if attention == "proportional":
-        raise ConfigError(
-            f"strategy {strategy.name} acts inside the LLM, where attention: proportional does not "
-            "follow it; expected attention: plain"
-        )
-    if not all(attends(config)):
-        raise UnsupportedModelError(
-            f"strategy {strategy.name} acts inside the LLM, and {type(model).__name__} has layers "
-            "that are no attention: what they have read of a token cannot be taken back; expected "
-            "a strategy that acts before the LLM"
-        )
-    if any(_slides(config)):
-        raise UnsupportedModelError(
-            f"strategy {strategy.name} acts inside the LLM, and {type(model).__name__} has layers "
-            "with a sliding window, whose caches do not tell which tokens they hold; expected a "
-            "strategy that acts before the LLM"
-        )
-    kind = config._attn_implementation
-    if kind not in MASKED and "flash" not in kind:
-        raise UnsupportedModelError(
-            f"strategy {strategy.name} acts inside the LLM, where it shortens attention masks, and "
-            f"the form of those of {kind} is not known; expected sdpa, eager or flash attention: "
-            'load the model with attn_implementation="sdpa"'
-        )
-
-
-def _slides(config: Any) -> list[bool]:
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        return [getattr(config, "sliding_window", None) is not None]
-    return [not kind.startswith("full") for kind in kinds]
-
-
-@dataclass
-class _Row:
-    """What is left of one prompt. ``columns (n,)``: of the call; ``visual (V,)``: which of them.
-
-    ``fused``: the plans that have fused tokens so far, each with what applies it; ``first``: the
-    columns of the visual tokens that the first of them was for.
-    """
-
-    columns: Tensor
-    visual: Tensor
-    coords: Tensor
-    item: Tensor
-    sizes: Tensor
-    original: int
-    source: int
-    counts: list[int] = field(default_factory=list)
-    first: Tensor | None = None
-    fused: list[tuple[FusionPlan, Any]] = field(default_factory=list)
-
-
-class _Cut(NamedTuple):
-    """What a cut has left of a call; see _Call."""
-
-    layer: int
-    columns: Tensor
-    valid: Tensor
-    even: bool
-
-
-@dataclass
-class _Call:
-    """One call of the decoder. ``past``: columns that its caches stand for. ``cache``: they.
-
-    ``rows``: the prompts, where this call reads them. ``columns (B, S)``: those of the call that
-    are left, ``valid``: which of them count, ``even``: whether all do; ``cuts``: the same for each cut
-    so far. ``unread (B, W)``: which columns the layers that prune do not read. ``short
-    (B, S, D)``: what the last layer has made of them; ``whole``: the same
-    in its place among all, which the model has been given.
-    """
-
-    cache: Any
-    past: int
-    shape: tuple[int, int]
-    times: int
-    rows: list[_Row] | None
-    columns: Tensor | None = None
-    valid: Tensor | None = None
-    even: bool = True
-    cuts: list[_Cut] = field(default_factory=list)
-    short: Tensor | None = None
-    whole: Tensor | None = None
-    unread: Tensor | None = None
-    chosen: dict[int, list[Tensor]] = field(default_factory=dict)
-    read: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-    # Layers get the same tensors, which are cut once for all of them. While one is held here, its
-    # id is nobody else's.
-    made: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict)
-
 
 class LayerCounts(NamedTuple):
-    """What the layers of one prompt have read: visual tokens and all tokens, by layer and row."""
+    """How many visual tokens the layers have read, by layer and row, earlier turns included."""
 
     visual: list[list[int]]
-    tokens: list[list[int]]
     score_ms: float
 
     @property
@@ -247,10 +116,10 @@ class LayerStage:
         self.watch = Stopwatch(model.device)
         self.began = False
         self.cache: Any = None
-        self.call: _Call | None = None
-        self.read: _Call | None = None
+        self.call: Call | None = None
+        self.read: Call | None = None
         """The last call that has read the prompt."""
-        self.unsettled: _Call | None = None
+        self.unsettled: Call | None = None
         """The same until what it has cut is in ``before``."""
         self.heard: HeardKeys | None = None
 
@@ -281,7 +150,9 @@ class LayerStage:
         if self.read is None:
             return turn
         self._settle()
-        return replace(turn, visuals=None, layers=self.before)
+        found = self.counts
+        counts = () if found is None else tuple(map(tuple, found.visual))
+        return replace(turn, visuals=None, layers=replace(self.before, counts=counts))
 
     def _settle(self) -> None:
         """Note what the caches hold after the call that has read the prompt, once."""
@@ -300,17 +171,17 @@ class LayerStage:
     @property
     def counts(self) -> LayerCounts | None:
         """What each layer has read of the prompt; None where no call has read it."""
-        if self.read is None or self.read.rows is None:
+        visuals = self.turn.visuals
+        if self.read is None or self.read.rows is None or visuals is None:
             return None
-        rows, visuals = self.read.rows, self.turn.visuals
-        assert visuals is not None
-        more = [
-            length - count for length, count in zip(visuals.lengths, visuals.counts, strict=True)
+        held = () if self.turn.layers is None else self.turn.layers.counts
+        earlier = held or (visuals.earlier,) * len(self.layers)
+        own = zip(*(row.counts for row in self.read.rows), strict=True)
+        visual = [
+            [a + b for a, b in zip(*layer, strict=True)] for layer in zip(earlier, own, strict=True)
         ]
-        visual = [list(layer) for layer in zip(*(row.counts for row in rows), strict=True)]
-        tokens = [[v + m for v, m in zip(layer, more, strict=True)] for layer in visual]
         # A lap ends before each score, and one after it.
-        return LayerCounts(visual, tokens, sum(self.watch.read()[1::2]))
+        return LayerCounts(visual, sum(self.watch.read()[1::2]))
 
     # --- one call of the decoder -----------------------------------------------------------------
 
@@ -328,11 +199,11 @@ class LayerStage:
         shape = (hidden.shape[0], hidden.shape[1])
         times = shape[0] // len(self.turn.ids)
         rows = self._rows(past, shape[1])
-        self.call = _Call(cache, past, shape, times, rows)
+        self.call = Call(cache, past, shape, times, rows)
         if rows is not None:
             self.read = self.unsettled = self.call
 
-    def _rows(self, past: int, width: int) -> list[_Row] | None:
+    def _rows(self, past: int, width: int) -> list[Row] | None:
         """The prompts, if a call reads them whose caches stand for ``past`` columns."""
         visuals, length = self.turn.visuals, self.turn.ids.shape[1]
         if visuals is None or past >= length:
@@ -350,8 +221,8 @@ class LayerStage:
         if self.cuts and not more and bool(visuals.here.gather(1, past + columns[:, -1:]).any()):
             raise PromptError(
                 f"a prompt ends with a visual token, which strategy {self.strategy.name} may "
-                "remove inside the LLM; expected text after the last image or video: let the processor "
-                "end the prompt"
+                "remove inside the LLM; expected text after the last image or video: let the "
+                "processor end the prompt"
             )
         found = []
         for row, (length, count) in enumerate(zip(visuals.lengths, visuals.counts, strict=True)):
@@ -361,7 +232,7 @@ class LayerStage:
             visual = true_indices(here, count)
             at = past + own[visual]
             found.append(
-                _Row(
+                Row(
                     own,
                     visual,
                     visuals.coords[row, at],
@@ -424,12 +295,12 @@ class LayerStage:
             call.made.clear()
         return (whole, *made[1:]) if isinstance(made, tuple) else whole
 
-    def _index(self, call: _Call, like: Tensor) -> Tensor:
+    def _index(self, call: Call, like: Tensor) -> Tensor:
         """The columns that are left, for each row of ``like``, on its device."""
         assert call.columns is not None
         return call.columns.repeat_interleave(call.times, 0).to(like.device)
 
-    def _resume(self, call: _Call, hidden: Tensor) -> Tensor:
+    def _resume(self, call: Call, hidden: Tensor) -> Tensor:
         """What is left at the input of a layer, with what the model has added since the last."""
         if hidden is call.whole:
             assert call.short is not None
@@ -456,7 +327,7 @@ class LayerStage:
 
     # --- cuts ------------------------------------------------------------------------------------
 
-    def _choose(self, call: _Call, hidden: Tensor) -> None:
+    def _choose(self, call: Call, hidden: Tensor) -> None:
         """Ask for the rows whose attention later cuts read, at the input of the first layer."""
         assert call.rows is not None
         for cut in self.cuts.values():
@@ -469,7 +340,7 @@ class LayerStage:
                 for i, row in enumerate(call.rows)
             ]
 
-    def _view(self, call: _Call, row: _Row, states: Tensor, layer: int, **read: Any) -> LayerTokens:
+    def _view(self, call: Call, row: Row, states: Tensor, layer: int, **read: Any) -> LayerTokens:
         """One prompt as a strategy sees it. ``states``: those of all columns of the call."""
         visuals = self.turn.visuals
         assert visuals is not None
@@ -490,7 +361,7 @@ class LayerStage:
         )
 
     def _cut(
-        self, cut: LayerCut, call: _Call, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
+        self, cut: LayerCut, call: Call, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
         """The input of a layer after a cut: what is left, ``(B, S, D)``."""
         assert call.rows is not None
@@ -510,7 +381,7 @@ class LayerStage:
             view = self._view(call, row, states, cut.layer, **reads[i])
             plan = self._checked(cut.plan(view), row)
             before = row.columns[row.visual]
-            _leave(row, plan, cut)
+            leave(row, plan, cut)
             if cut.fuse is not None and not plan.is_identity:
                 changed.append((i, row, plan, before))
         if all(len(row.visual) == row.counts[-1] for row in call.rows) and call.columns is None:
@@ -523,7 +394,7 @@ class LayerStage:
         call.columns, call.valid = pad_left(keep, lengths)
         call.even = min(lengths) == max(lengths)
         call.made.clear()
-        call.cuts.append(_Cut(cut.layer, call.columns, call.valid, call.even))
+        call.cuts.append(Cut(cut.layer, call.columns, call.valid, call.even))
         index = self._index(call, hidden)[..., None].expand(-1, -1, hidden.shape[-1])
         short = hidden.gather(1, index)
         for i, row, plan, before in changed:
@@ -540,7 +411,7 @@ class LayerStage:
         self.watch.lap()
         return short
 
-    def _checked(self, plan: FusionPlan, row: _Row) -> FusionPlan:
+    def _checked(self, plan: FusionPlan, row: Row) -> FusionPlan:
         if not isinstance(plan, FusionPlan):
             raise PlanError(
                 f"strategy {self.strategy.name} returned a {type(plan).__name__} as its plan; "
@@ -552,7 +423,7 @@ class LayerStage:
             raise PlanError(f"strategy {self.strategy.name}: {error}") from error
         return plan
 
-    def _kept(self, call: _Call, number: int) -> Kept:
+    def _kept(self, call: Call, number: int) -> Kept:
         """What the caches of the layers from one on hold after a call that has read the prompt."""
         # What follows the prompt in the same call, as with lookup decoding, may be taken back.
         more = call.past + call.shape[1] - self.turn.ids.shape[1]
@@ -640,7 +511,7 @@ class LayerStage:
         self.watch.lap()
 
     def _score_own(
-        self, cut: LayerCut, call: _Call, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
+        self, cut: LayerCut, call: Call, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
     ) -> None:
         """Read the attention of the layer at the input of which a cut is, before it runs."""
         assert call.rows is not None
@@ -651,7 +522,7 @@ class LayerStage:
                 found.append({})
                 continue
             at = i * call.times
-            given = _arguments_of(layer, name, hidden, kwargs, at, row.columns, call.shape)
+            given = arguments_of(layer, name, hidden, kwargs, at, row.columns, call.shape)
             every = torch.arange(len(row.columns), device=hidden.device)
             keys = all_rows(module, given, 0, every).keys
             found.append(
@@ -671,7 +542,7 @@ class LayerStage:
     def _read(
         self,
         cut: LayerCut,
-        call: _Call,
+        call: Call,
         number: int,
         places: Tensor,
         given: Any,
@@ -708,7 +579,7 @@ class LayerStage:
         heard, self.heard = self.heard, None
         return None if heard is None else heard.keys
 
-    def _asked(self, cut: LayerCut, call: _Call) -> bool:
+    def _asked(self, cut: LayerCut, call: Call) -> bool:
         """Whether a cut reads attention or keys of this call."""
         assert call.rows is not None
         return cut.asks is None or any(
@@ -717,14 +588,14 @@ class LayerStage:
             if len(row.visual)
         )
 
-    def _places(self, call: _Call, row: _Row) -> Tensor:
+    def _places(self, call: Call, row: Row) -> Tensor:
         """Where the tokens of a prompt stand in what the layers read now."""
         if call.columns is None:
             return row.columns
         left, width = call.columns.shape[1] - len(row.columns), call.columns.shape[1]
         return torch.arange(left, width, device=row.columns.device)
 
-    def _held(self, call: _Call, number: int) -> int:
+    def _held(self, call: Call, number: int) -> int:
         """How many entries the cache of a layer has held before this call."""
         before = self.before.at(number)
         if before is None:
@@ -779,13 +650,13 @@ class LayerStage:
             unread[i] = unread[i].scatter(0, columns, ~chosen)
         call.unread = unread
 
-    def _steps(self, call: _Call) -> bool:
+    def _steps(self, call: Call) -> bool:
         """Whether a call is a step of an answer."""
         return call.rows is None and call.shape[1] == 1 and bool(self.before.visual)
 
     # --- what layers are called with -------------------------------------------------------------
 
-    def _short(self, name: str, value: Any, call: _Call, number: int) -> Any:
+    def _short(self, name: str, value: Any, call: Call, number: int) -> Any:
         """An argument of a layer for what is left."""
         if name in CACHES or (value is None and name != "attention_mask"):
             return value
@@ -815,7 +686,7 @@ class LayerStage:
             call.made[key] = (value, along(name, value, call.shape, pick))
         return call.made[key][1]
 
-    def _mask(self, mask: Any, call: _Call, number: int) -> Any:
+    def _mask(self, mask: Any, call: Call, number: int) -> Any:
         """The mask of a layer for the queries that are left and what its cache then holds."""
         held, before = self._held(call, number), self.before.at(number)
         total = held + self._width(call)
@@ -847,76 +718,9 @@ class LayerStage:
             )
         return call.made[key][1]
 
-    def _width(self, call: _Call) -> int:
+    def _width(self, call: Call) -> int:
         """How many columns a layer reads."""
         return call.shape[1] if call.columns is None else call.columns.shape[1]
-
-
-def _leave(row: _Row, plan: FusionPlan, cut: LayerCut) -> None:
-    """Take what a plan removes out of a prompt."""
-    if plan.is_identity:
-        return
-    count = len(row.columns) - plan.num_source + plan.num_kept
-    stays = torch.ones_like(row.columns, dtype=torch.bool)
-    stays[row.visual] = plan.keep_mask
-    visual = torch.zeros_like(stays)
-    visual[row.visual] = True
-    left = true_indices(stays, count)
-    row.columns = row.columns[left]
-    row.visual = true_indices(visual[left], plan.num_kept)
-    row.coords, row.item = plan.select(row.coords), plan.select(row.item)
-    if cut.fuse is None:
-        row.sizes = plan.select(row.sizes)
-    else:
-        slots = torch.where(plan.target == DROPPED, plan.num_kept, plan.target)
-        total = row.sizes.new_zeros(plan.num_kept + 1)
-        row.sizes = total.index_add(0, slots, row.sizes)[:-1]
-
-
-class _Reached(Exception):
-    """Carries what a layer calls its attention with out of it."""
-
-    def __init__(self, call: dict[str, Any]) -> None:
-        super().__init__()
-        self.call = call
-
-
-class _Stop(nn.Module):
-    """Stands for an attention, and goes no further."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        raise _Reached({**kwargs, "hidden_states": args[0]} if args else kwargs)
-
-
-def _arguments_of(
-    layer: Any,
-    name: str,
-    hidden: Tensor,
-    kwargs: dict[str, Any],
-    row: int,
-    columns: Tensor,
-    shape: tuple[int, int],
-) -> dict[str, Any]:
-    """What a layer would call its attention with, for some columns of one row. It stays as it is.
-
-    ``name``: that of the attention in the layer.
-    """
-    some = {
-        key: chosen_places(key, value, shape, row, columns)
-        for key, value in kwargs.items()
-        if key not in (*CACHES, "attention_mask", "hidden_states")
-    }
-    twin = object.__new__(type(layer))
-    vars(twin).update(vars(layer))
-    vars(twin)["_modules"] = {**layer._modules, name: _Stop()}
-    try:
-        type(layer).forward(twin, hidden[row : row + 1, columns], attention_mask=None, **some)
-    except _Reached as reached:
-        return reached.call
-    raise UnsupportedModelError(
-        f"a {type(layer).__name__} does not call its attention, so that it cannot be scored; "
-        "expected a strategy that reads none, such as uniform with a layer"
-    )
 
 
 def _bound(call: Any, first: Any) -> Hook:

@@ -37,8 +37,9 @@ from tokenfuse.prompt.turn import Turn
 from tokenfuse.registry import Registry
 from tokenfuse.report import Report
 from tokenfuse.sessions._attached import Attached, place, refuse_compiled
+from tokenfuse.sessions._decoder import refuse_unfit_cuts
 from tokenfuse.sessions.arguments import for_shorter_prompt
-from tokenfuse.sessions.llm_stage import LayerStage, layer_stage, refuse_unfit_cuts
+from tokenfuse.sessions.llm_stage import LayerStage, layer_stage
 from tokenfuse.sessions.proportional import attention_modules, proportional_attention
 
 WRAPPED = ("generate", "forward")

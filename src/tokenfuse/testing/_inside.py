@@ -15,7 +15,7 @@ from tokenfuse.ops.select import top
 from tokenfuse.plan import FusionPlan
 from tokenfuse.prompt.cache import as_argument, cache_of
 from tokenfuse.prompt.turn import Turn
-from tokenfuse.sessions.llm_stage import decoder_layers, refuse_unfit_cuts
+from tokenfuse.sessions._decoder import decoder_layers, refuse_unfit_cuts
 from tokenfuse.sessions.vlm import TURN
 from tokenfuse.strategies._base import Strategy
 from tokenfuse.strategies._inside import LayerStrategy
