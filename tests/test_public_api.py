@@ -36,6 +36,9 @@ def test_all_is_what_the_design_promises():
     for_authors = {
         "Adapter",
         "FusionPlan",
+        "LayerCut",
+        "LayerStrategy",
+        "LayerTokens",
         "Strategy",
         "TokenFuseError",
         "VisualTokens",

@@ -33,6 +33,9 @@ class ViTCoP(Scheduled):
     merged row is the mean of its members at the middle one's place, where the code adds that member
     to the mean, so that its norm doubles. Positions stay at the second cut, too.
 
+    Models that normalise each head's keys, as Qwen3-VL does, leave little in their lengths: on the
+    micro model it keeps the wrong tokens.
+
     Synchronises with the host once for each prompt and layer, and once more where tokens are
     clustered. Loops over clusters.
     """
