@@ -128,7 +128,7 @@ class Report(BaseModel):
         if self.layer_tokens is not None:
             lines.insert(
                 2,
-                f"in the LLM    {_by_layer(self.layer_tokens)}; {self.layer_average:.1%} on "
+                f"in the LLM    {by_layer(self.layer_tokens)}; {self.layer_average:.1%} on "
                 f"average over layers, chosen in {self.score_ms:.1f} ms",
             )
         if self.matching_flops > self.prefill_flops_before - self.prefill_flops_after:
@@ -144,8 +144,8 @@ class Report(BaseModel):
         return "\n".join(lines)
 
 
-def _by_layer(tokens: Sequence[Sequence[int]]) -> str:
-    """``layers 0-1: 288, 2-31: 144``; of a batch all rows together."""
+def by_layer(tokens: Sequence[Sequence[int]]) -> str:
+    """Tokens of each layer for people, ``layers 0-1: 288, 2-31: 144``; all rows together."""
     parts, start = [], 0
     sums = [sum(layer) for layer in tokens]
     for layer in range(1, len(sums) + 1):

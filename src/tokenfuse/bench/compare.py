@@ -22,10 +22,9 @@ class VideoRow(Row):
     """The answer of one candidate, and what it took.
 
     ``tokens`` are those that a decoder layer reads, on average over layers, ``kept`` their share,
-    ``kl`` the divergence of the first token's
-    distribution from the uncompressed one in nats, ``speedup`` the uncompressed time to first token
-    over this one, ``peak_bytes`` the most memory that tensors of the run took, without weights and
-    inputs.
+    ``kl`` the divergence of the first token's distribution from the uncompressed one in nats,
+    ``plan_ms`` what choosing took, ``speedup`` the uncompressed time to first token over this one,
+    ``peak_bytes`` the most memory that tensors of the run took, without weights and inputs.
     """
 
     tokens: int | None = None
@@ -131,7 +130,7 @@ def _row(candidate: Candidate, measured: Measured, peak: int, plain: Measured) -
         answer=measured.text,
         same_answer=measured.text == plain.text,
         kl=float(divergence(plain.logits, measured.logits)),
-        plan_ms=report.plan_ms,
+        plan_ms=report.plan_ms + report.score_ms,
         ttft_ms=measured.ttft_ms,
         speedup=plain.ttft_ms / measured.ttft_ms,
         peak_bytes=peak,

@@ -19,7 +19,7 @@ from tokenfuse.costs import flops, size
 from tokenfuse.inference.run import RunResult, VideoQuestion
 from tokenfuse.micro import CHECKPOINT, SAMPLE
 from tokenfuse.registry import default_registry
-from tokenfuse.report import ItemReport
+from tokenfuse.report import ItemReport, by_layer
 
 LEFT = ("", "strategy", "answer")
 """Heads of columns that hold text; the others hold numbers."""
@@ -48,8 +48,12 @@ def print_run(out: Console, result: RunResult) -> None:
         table.add_row("answer", escape(before.text), escape(after.text), same)
     else:
         table.add_row("answer", "", escape(after.text), "")
+    # Inside the LLM layers read fewer and fewer: on average.
+    read = report.tokens_after
+    if report.layer_tokens is not None:
+        read = round(report.layer_average * report.tokens_before)
     pairs = (
-        ("visual tokens", report.tokens_before, report.tokens_after, str),
+        ("visual tokens", report.tokens_before, read, str),
         ("prompt tokens", sum(report.prompt_before), sum(report.prompt_after), str),
         ("KV cache", report.kv_cache_bytes_before, report.kv_cache_bytes_after, size),
         ("prefill", report.prefill_flops_before, report.prefill_flops_after, flops),
@@ -67,6 +71,11 @@ def print_run(out: Console, result: RunResult) -> None:
         f"of which compression itself: matching {flops(report.matching_flops)} in "
         f"{report.plan_ms:.1f} ms, realignment {report.realign_ms:.1f} ms"
     )
+    if report.layer_tokens is not None:
+        out.print(
+            f"in the LLM: visual tokens of {by_layer(report.layer_tokens)}, chosen in "
+            f"{report.score_ms:.1f} ms; above is the average of all layers"
+        )
     for hint in dict.fromkeys(item.hint for item in report.items if item.hint):
         out.print(f"[yellow]hint[/]: {escape(hint)}", soft_wrap=True)
     if report.reason:
