@@ -24,8 +24,11 @@ from tokenfuse.registry import Registry
 processor = functools.cache(build_processor)
 
 
-def build(kind="dense", attention="sdpa", seed=0, layers=3):
-    """A random model in eval mode; ``kind`` is dense or moe. DeepStack feeds the first 2 layers."""
+def build(kind="dense", attention="sdpa", seed=0, layers=3, deepstack=(0, 1)):
+    """A random model in eval mode; ``kind`` is dense or moe.
+
+    ``deepstack``: the vision blocks whose features are added after the first layers.
+    """
     tokenizer = processor().tokenizer
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     text = {
@@ -57,7 +60,7 @@ def build(kind="dense", attention="sdpa", seed=0, layers=3):
         "temporal_patch_size": 2,
         "out_hidden_size": 48,
         "num_position_embeddings": (SIZE // PATCH) ** 2,
-        "deepstack_visual_indexes": [0, 1],
+        "deepstack_visual_indexes": list(deepstack),
         "initializer_range": 0.3,
     }
     model_class, config_class = Qwen3VLForConditionalGeneration, Qwen3VLConfig

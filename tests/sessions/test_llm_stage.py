@@ -34,6 +34,7 @@ from tokenfuse.sessions._masks import Entries, cut_mask
 from tokenfuse.sessions.proportional import before_attention
 from tokenfuse.strategies._inside import LayerStrategy
 from tokenfuse.strategies._layers import LayerCut, WeighedPlan, fuse_weighed
+from tokenfuse.strategies.compose import Compose
 from tokenfuse.testing._inside import CutInside, Watched, gone_inside
 from tokenfuse.testing.oracle import MaskedRun
 
@@ -183,7 +184,20 @@ class MergeInside(LayerStrategy):
         return WeighedPlan(plan.survivors, plan.target, tokens.sizes.float())
 
 
-def merged_by_hand(model, inputs, layers):
+class DropInside(MergeInside):
+    """Drops each odd visual token."""
+
+    name = "drop_inside"
+
+    def cuts(self):
+        return tuple(LayerCut(layer, self.even) for layer in self.layers)
+
+    def even(self, tokens):
+        n = tokens.num_visual
+        return FusionPlan.from_survivors(torch.arange(0, n, 2), n)
+
+
+def merged_by_hand(model, inputs, layers, drops=()):
     """The logits of the last token, layer by layer, with merging and DeepStack written out."""
     decoder, caught = model.get_decoder(), {}
 
@@ -199,8 +213,9 @@ def merged_by_hand(model, inputs, layers):
     weight = torch.ones(len(visual))
     extra = [x.clone() for x in caught["deepstack_visual_embeds"]]
 
-    def pairs(x, weight):
-        x = torch.cat([x, x[:0]])
+    def pairs(x, weight, number):
+        if number in drops:
+            return x[::2]
         out = []
         for i in range(0, len(x), 2):
             w = weight[i : i + 2]
@@ -208,10 +223,11 @@ def merged_by_hand(model, inputs, layers):
         return torch.stack(out)
 
     for number, layer in enumerate(decoder.layers):
-        if number in layers:
-            fused = pairs(states[0, visual], weight)
-            extra = [pairs(x, weight) for x in extra]
-            weight = torch.stack([weight[i : i + 2].sum() for i in range(0, len(weight), 2)])
+        if number in (*layers, *drops):
+            fused = pairs(states[0, visual], weight, number)
+            extra = [pairs(x, weight, number) for x in extra]
+            sums = torch.stack([weight[i : i + 2].sum() for i in range(0, len(weight), 2)])
+            weight = weight[::2] if number in drops else sums
             states = states.clone()
             states[0, visual[::2]] = fused
             gone = set(visual[1::2].tolist())
@@ -241,6 +257,20 @@ def test_merged_tokens_get_the_mean_of_their_deepstack_features(layers, shown):
         plain = model(**inputs).logits[:, -1]
     torch.testing.assert_close(mine, expected, atol=ROUNDING, rtol=0)
     assert float((mine - plain).abs().max()) > 10 * ROUNDING
+
+
+@pytest.mark.parametrize(("layers", "drops"), [((1,), (2,)), ((2,), (1,)), ((1, 3), (2,))])
+def test_merging_and_dropping_among_deepstack_layers(layers, drops):
+    model, inputs = build(layers=5, deepstack=(0, 1, 2)), two_videos()
+    steps = [
+        MergeInside(layers=(n,)) if n in layers else DropInside(layers=(n,))
+        for n in sorted((*layers, *drops))
+    ]
+    with torch.no_grad():
+        expected = merged_by_hand(model, inputs, layers, drops)
+        with tokenfuse.attach(model, Compose(compose=tuple(steps))):
+            mine = model(**inputs).logits[:, -1]
+    torch.testing.assert_close(mine, expected, atol=ROUNDING, rtol=0)
 
 
 @pytest.mark.parametrize("shown", [one_video, lambda: batch()])

@@ -270,6 +270,12 @@ class LayerStage:
                 row.counts.append(len(row.visual))
         if call.columns is None and self.before.at(number) is None and call.unread is None:
             return None
+        if call.columns is None:
+            # A step of an answer: all that differs is what the caches hold.
+            given = kwargs.get("attention_mask")
+            mask = self._mask(given, call, number)
+            if mask is given and "cache_position" not in kwargs:
+                return None
         short = {name: self._short(name, value, call, number) for name, value in kwargs.items()}
         rest = tuple(self._short("", value, call, number) for value in args[1:])
         if args:
@@ -382,8 +388,12 @@ class LayerStage:
             plan = self._checked(cut.plan(view), row)
             before = row.columns[row.visual]
             leave(row, plan, cut)
-            if cut.fuse is not None and not plan.is_identity:
+            if plan.is_identity:
+                continue
+            if cut.fuse is not None:
                 changed.append((i, row, plan, before))
+            elif row.first is not None:
+                row.fused.append((plan, FusionPlan.select))
         if all(len(row.visual) == row.counts[-1] for row in call.rows) and call.columns is None:
             self.watch.lap()
             return hidden
@@ -404,10 +414,7 @@ class LayerStage:
             row.fused.append((plan, cut.fuse))
             at = short.shape[1] - len(row.columns) + row.visual
             for j in range(i * call.times, (i + 1) * call.times):
-                fused = cut.fuse(plan, hidden[j, before])
-                short = short.index_put(
-                    (torch.tensor(j, device=at.device), at), fused.to(short.dtype)
-                )
+                short[j, at] = cut.fuse(plan, hidden[j, before]).to(short.dtype)
         self.watch.lap()
         return short
 
