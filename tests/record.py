@@ -17,6 +17,9 @@ from types import SimpleNamespace
 
 import transformers
 
+from tokenfuse import get_strategy
+from tokenfuse.errors import UnsupportedModelError
+from tokenfuse.sessions._decoder import refuse_unfit_cuts
 from tokenfuse.testing import AdapterConformance
 
 OUTCOMES = ("passed", "skipped", "failed")
@@ -91,4 +94,15 @@ def facts(cls):
         "rope": "1-D" if positions.ndim == 2 else f"M-RoPE, {len(positions)} rows",
         "deepstack": any(getattr(x, "deepstack_features", None) is not None for x in outputs),
         "saliency": "saliency" in adapter.supplies,
+        "inside": inside(model),
     }
+
+
+def inside(model):
+    """Whether strategies can act inside the LLM, or what is in their way."""
+    try:
+        refuse_unfit_cuts(model, get_strategy("uniform", layer=1))
+    except UnsupportedModelError as error:
+        known = {"sliding window": "sliding windows", "no attention": "linear attention"}
+        return next(short for part, short in known.items() if part in str(error))
+    return "yes"

@@ -659,3 +659,23 @@ def test_the_report_of_a_later_turn_counts_what_the_caches_hold():
     assert report.layer_tokens[0] == [report.tokens_after] == [report.tokens_before]
     once = session.reports[0].layer_tokens
     assert report.layer_tokens == [[2 * n for n in layer] for layer in once]
+
+
+def test_threads_share_an_attached_model():
+    model = deep()
+    prompts = [one_video(), two_videos(), one_image(), batch()]
+    with tokenfuse.attach(model, {"compose": ["uniform", CutInside(layers=(1, 3))]}):
+        expected = [model.generate(**inputs, **GREEDY).sequences for inputs in prompts]
+        found = {}
+
+        def answer(number):
+            for _ in range(3):
+                found[number] = model.generate(**prompts[number], **GREEDY).sequences
+
+        threads = [threading.Thread(target=answer, args=(n,)) for n in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(found[n], expected[n]) for n in range(len(prompts)))
+    assert not any(layer._forward_pre_hooks for layer in decoder_layers(model))

@@ -22,6 +22,7 @@ FORMS = {
     "vitcop clusters": ({"clusters": 5}, {"keep_ratio": [1.0, 1.0]}),
     "framefusion": ({}, {"cost": 1.0}),
     "framefusion loose": ({"cost": 0.9, "threshold": 0.1}, None),
+    "framefusion first": ({"link": "first"}, {"cost": 1.0}),
     "holitom inner": ({"inner_layer": 18}, {"inner_keep_ratio": 1.0}),
     "dart": ({"layer": 2}, ONE),
     "dart few pivots": ({"layer": 2, "image_pivots": 1, "text_pivots": 0}, ONE),

@@ -19,7 +19,7 @@ from tokenfuse.strategies._layers import LayerTokens, StepState
 from tokenfuse.strategies.framefusion import same_place, share_to_remove
 from tokenfuse.strategies.sparsevlm import raters, recycled
 from tokenfuse.strategies.vitcop import cluster_plan, key_lengths
-from tokenfuse.tokens import grid_coords
+from tokenfuse.tokens import VisualTokens, grid_coords
 
 DATA = Path(__file__).parents[1] / "data/llm"
 
@@ -308,6 +308,21 @@ def test_framefusion(case):
     assert (plan.survivors + begin).tolist() == visual_kept.tolist()
     merged = given["merged"][begin : begin + len(visual_kept)]
     near(strategy.fuse(plan, features), merged)
+
+
+def test_a_slow_turn_is_one_token_for_neighbours_and_several_for_the_first():
+    angles = torch.linspace(0, 3.0, 31)
+    features = torch.stack([angles.cos(), angles.sin()], -1)
+    tokens = VisualTokens.from_grid(features, (31, 1, 1))
+    plans = {
+        link: get_strategy("framefusion", cost=0.01, threshold=0.6, link=link).plan(tokens)
+        for link in ("neighbour", "first")
+    }
+    assert plans["neighbour"].num_kept == 1
+    first = plans["first"]
+    assert 2 < first.num_kept < 8
+    cosines = (features * features[first.survivors[first.target]]).sum(-1)
+    assert float(cosines.min()) >= 0.6
 
 
 def test_the_share_that_framefusion_may_remove():

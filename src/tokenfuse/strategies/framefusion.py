@@ -35,11 +35,12 @@ class FrameFusion(Strategy):
     What differs from the published code: sums are fp32 and weigh what was merged before by what it
     stands for; a token is not merged with one of another item. Merging ends at ``last_layer``
     whatever is alike, so that attention is read there at the latest. A cost that layers so far have
-    spent already leaves one token. In a run each is compared with its neighbour only, as published:
-    a place that changes slowly becomes one token, however far it has come.
+    spent already leaves one token. As published each token of a run is compared with its neighbour
+    only, so that a place that changes slowly becomes one token, however far it has come;
+    ``link: first`` compares it with the first of the run instead.
 
     Before the LLM it synchronises with the host once for each item, inside once for each prompt and
-    layer.
+    layer; with ``link: first`` once more for each time that a run is parted.
     """
 
     name: ClassVar[str] = "framefusion"
@@ -56,6 +57,9 @@ class FrameFusion(Strategy):
         0.1, ge=0, le=1, description="share of alike tokens below which merging ends"
     )
     last_layer: Layer = 4
+    link: Literal["neighbour", "first"] = Field(
+        "neighbour", description="what a token of a run is compared with: the one before, the first"
+    )
 
     def at_share(self, share: float, layers: int) -> Self:
         return self.with_options(cost=share, last_layer=min(self.last_layer, layers - 1))
@@ -89,6 +93,8 @@ class FrameFusion(Strategy):
         """The plan that merges alike tokens, ``most`` of them. One host synchronisation."""
         n, device = features.shape[0], features.device
         similar, order = same_place(features, coords, item)
+        if self.link == "first":
+            similar = self._with_first(features[order], similar[order])[order.argsort()]
         alike = similar >= self.threshold
         count = int(alike.sum())
         if count > most:
@@ -103,6 +109,21 @@ class FrameFusion(Strategy):
         survivors = torch.argsort(alike.to(torch.uint8), stable=True)[: n - count]
         plan = FusionPlan.from_roots(survivors, roots)
         return WeighedPlan(plan.survivors, plan.target, weight)
+
+    def _with_first(self, x: Tensor, similar: Tensor) -> Tensor:
+        """The cosine of each token with the first of its run, in order of places."""
+        own = torch.arange(x.shape[0], device=x.device)
+        while True:
+            alike = similar >= self.threshold
+            heads = torch.where(alike, 0, own).cummax(0).values
+            cosines = torch.where(alike, rowwise(x, x[heads]), NO_MATCH)
+            far = alike & (cosines < self.threshold)
+            if not bool(far.any()):
+                return cosines
+            # The first of a run that is too far begins the next one.
+            count = far.cumsum(0)
+            begins = far & (count - count[heads] == 1)
+            similar = similar.masked_fill(begins, NO_MATCH)
 
     @torch.no_grad()
     def _inside(self, tokens: LayerTokens) -> FusionPlan:
