@@ -679,3 +679,12 @@ def test_threads_share_an_attached_model():
             thread.join()
     assert all(torch.equal(found[n], expected[n]) for n in range(len(prompts)))
     assert not any(layer._forward_pre_hooks for layer in decoder_layers(model))
+
+
+def test_beams_are_refused_where_steps_remember():
+    model, inputs = deep(), one_video()
+    with (
+        tokenfuse.attach(model, "dycoke", cache_layer=2),
+        pytest.raises(PromptError, match="num_beams is 2"),
+    ):
+        model.generate(**inputs, **GREEDY, num_beams=2)

@@ -417,6 +417,7 @@ class Session(Attached):
         """The answer to a shorter prompt, as if the caller's own had been read."""
         prompt = inputs["input_ids"]
         self._refuse_gaps_without_a_cache(inputs, short)
+        self._refuse_beams(inputs)
         arguments = for_shorter_prompt(
             short, prompt, short["input_ids"], self.model.generation_config
         )
@@ -488,6 +489,19 @@ class Session(Attached):
             if inputs.get(PIXELS[modality]) is not None:
                 seen |= set(self.adapter.encoder_inputs(inputs, modality))
         return {name: value for name, value in inputs.items() if name not in seen}
+
+    def _refuse_beams(self, inputs: Mapping[str, Any]) -> None:
+        """Raise PromptError where beams would change places under what each step has chosen."""
+        if self.strategy.cache_pruning() is None:
+            return
+        configs = (inputs.get("generation_config"), self.model.generation_config)
+        said = [inputs.get("num_beams"), *(getattr(c, "num_beams", None) for c in configs)]
+        beams = next((value for value in said if value is not None), 1)
+        if beams > 1:
+            raise PromptError(
+                f"num_beams is {beams}, and strategy {self.strategy.name} remembers for each answer "
+                "what its steps read; expected num_beams 1"
+            )
 
     def _refuse_gaps_without_a_cache(
         self, inputs: Mapping[str, Any], short: Mapping[str, Any]
