@@ -499,8 +499,8 @@ class Session(Attached):
         beams = next((value for value in said if value is not None), 1)
         if beams > 1:
             raise PromptError(
-                f"num_beams is {beams}, and strategy {self.strategy.name} remembers for each answer "
-                "what its steps read; expected num_beams 1"
+                f"num_beams is {beams}, and strategy {self.strategy.name} remembers for each "
+                "answer what its steps read; expected num_beams 1"
             )
 
     def _refuse_gaps_without_a_cache(
