@@ -38,7 +38,8 @@ from tokenfuse.registry import Registry, default_registry
 from tokenfuse.report import ItemReport, Report
 from tokenfuse.strategies._base import Needs, Strategy
 from tokenfuse.strategies._parts import SILENT
-from tokenfuse.tokens import Grid, Modality, VisualTokens
+from tokenfuse.strategies._tower import PixelTokens, TowerPlan, drops_only
+from tokenfuse.tokens import Grid, Modality, VisualTokens, grid_coords
 
 # Reading the metadata of packages takes milliseconds.
 _versions = functools.cache(versions)
@@ -203,7 +204,27 @@ def encode_prompt(
     after: Turn | None = None,
 ) -> list[Encoded]:
     """What the vision tower makes of a prompt, with what the strategy needs beside features."""
-    return adapter.encode(prompt, needs_of(strategy), frames_as_images, after)
+    return adapter.encode(
+        prompt, needs_of(strategy), frames_as_images, after, _before_tower(strategy)
+    )
+
+
+def _before_tower(strategy: Strategy) -> Callable[[PixelTokens], FusionPlan] | None:
+    """The strategy's plans before the vision tower, held against what they have to be."""
+    if not strategy.acts_before_tower:
+        return None
+
+    def plan(pixels: PixelTokens) -> FusionPlan:
+        found = strategy.tower_plan(pixels)
+        if found is None:
+            return FusionPlan.identity(pixels.num_tokens, pixels.pixels.device)
+        try:
+            found.check(pixels.num_tokens, pixels.grid[0])
+        except PlanError as error:
+            raise PlanError(f"strategy {strategy.name}: {error}") from error
+        return drops_only(found, strategy.name)
+
+    return plan
 
 
 def needs_of(strategy: Strategy) -> dict[Modality, Needs]:
@@ -233,6 +254,7 @@ def compress_prompt(
     watch = Stopwatch(adapter.model.device)
     strategy = configuration.strategy
     inside = acts_inside(strategy)
+    elsewhere = inside or strategy.acts_before_tower
     if not prompt.shows:
         return _unchanged(adapter, prompt, configuration, observe)
     if encoded is None:
@@ -272,7 +294,7 @@ def compress_prompt(
     items = [
         item
         for part in encoded
-        for item in _items(part, made[part.modality], strategy.for_modality(part.kind), inside)
+        for item in _items(part, made[part.modality], strategy.for_modality(part.kind), elsewhere)
     ]
     turn = replace(
         short.turn,
@@ -325,6 +347,12 @@ def refuse_unmet_needs(adapter: Adapter, configuration: Configuration) -> None:
     if configuration.attention == "proportional":
         refuse_fused_kernels(adapter.model)
     strategy = configuration.strategy
+    if strategy.acts_before_tower and not adapter.cuts_tower:
+        raise UnsupportedModelError(
+            f"strategy {strategy.name} acts before the vision tower, and that of model family "
+            f"{adapter.name} reads all of its patches or none; expected one of Qwen's, or a "
+            "strategy that acts behind the tower"
+        )
     for part in (strategy, *_parts(strategy).values()):
         if part.stage == "vit":
             raise UnsupportedModelError(
@@ -335,6 +363,11 @@ def refuse_unmet_needs(adapter: Adapter, configuration: Configuration) -> None:
         raise UnsupportedModelError(f"strategy {SILENT.format(name=strategy.name)}")
     for part in _parts(strategy).values():
         needs = part.needed()
+        if needs.attention is not None and strategy.acts_before_tower:
+            raise UnsupportedModelError(
+                f"strategy {part.name} reads the attention of the vision tower, which here reads "
+                "some of its patches only; expected a strategy that needs none"
+            )
         wanted = {"saliency": needs.attention is not None, "text": needs.text}
         unmet = {need for need, asked in wanted.items() if asked} - adapter.supplies
         if unmet:
@@ -448,7 +481,9 @@ def _plans(part: Encoded, strategy: Strategy, observe: Observe) -> list[FusionPl
                 "of; expected that it only looks: work on a clone"
             )
         plans.append(plan)
-    return plans
+    if part.cut is None:
+        return plans
+    return [TowerPlan.of(first, then) for first, then in zip(part.cut, plans, strict=True)]
 
 
 def _split(values: list[int], rows: int) -> tuple[list[int], list[int], list[int], list[int]]:
@@ -488,8 +523,9 @@ def _visuals(
         for span, tokens, plan, ((row, _), _) in zip(
             part.spans, part.items, plans, part.places, strict=True
         ):
-            own = tokens.coords.new_full((tokens.num_tokens, 5), len(grids))
-            own[:, :3] = tokens.coords
+            coords = grid_coords(tokens.grid, tokens.coords.device)
+            own = coords.new_full((len(coords), 5), len(grids))
+            own[:, :3] = coords
             own[plan.survivors, 4] = plan.sizes
             # Features that are no tokens, such as newlines, stay like text.
             every = own.new_full((span.size, 5), -1)
@@ -525,10 +561,13 @@ def _fused(
 ) -> Any:
     """The vision tower's output after the plans; ``finite`` gets a flag for each fused tensor."""
     by = strategy.for_modality(part.kind)
-    if by is None:
-        return adapter.fuse(part, plans, FusionPlan.fuse)
 
     def fuse(plan: FusionPlan, x: Tensor) -> Tensor:
+        if isinstance(plan, TowerPlan):
+            x = plan.first.select(x)
+            plan = plan.then
+        if by is None:
+            return plan.fuse(x)
         made = by.checked_fuse(plan, x)
         finite.append(made.isfinite().all())
         return made
@@ -555,6 +594,7 @@ def _items(
                 tokens_before=plan.num_source,
                 tokens_after=plan.num_kept,
                 frame_tokens_after=plan.frame_counts(tokens.grid).tolist(),
+                tower_tokens=plan.first.num_kept if isinstance(plan, TowerPlan) else None,
                 matching_flops=0
                 if strategy is None
                 else strategy.matching_flops(tokens.grid, tokens.features.shape[-1]),

@@ -14,6 +14,7 @@ from tokenfuse.tokens import Grid, Modality
 class ItemReport(BaseModel):
     """One image or video: its grid ``(T, H, W)`` and its tokens, in all and per frame.
 
+    ``tower_tokens``: how many of them the vision tower has read, None for all.
     ``matching_flops``: multiply-adds spent on comparing them. ``reason``: why it stays whole, if it
     does. ``hint``: what the strategy says of such a budget, if anything.
     """
@@ -25,6 +26,7 @@ class ItemReport(BaseModel):
     tokens_before: int
     tokens_after: int
     frame_tokens_after: list[int]
+    tower_tokens: int | None = None
     matching_flops: int = 0
     reason: str | None = None
     hint: str | None = None
@@ -125,9 +127,13 @@ class Report(BaseModel):
                 f"{item.frame_tokens_before} per frame: {frames}"
                 + (f" ({item.reason})" if item.reason else "")
             )
+        read = [x.tokens_before if x.tower_tokens is None else x.tower_tokens for x in self.items]
+        if sum(read) < self.tokens_before:
+            lines.insert(1, f"tower         {self.tokens_before} -> {sum(read)} tokens")
         if self.layer_tokens is not None:
+            at = next(i for i, line in enumerate(lines) if line.startswith("prompt"))
             lines.insert(
-                2,
+                at,
                 f"in the LLM    {by_layer(self.layer_tokens)}; {self.layer_average:.1%} on "
                 f"average over layers, chosen in {self.score_ms:.1f} ms",
             )

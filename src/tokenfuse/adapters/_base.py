@@ -31,6 +31,7 @@ from tokenfuse.prompt.realign import Positions
 from tokenfuse.prompt.text import Place, mismatch, prompt_texts
 from tokenfuse.prompt.turn import Turn
 from tokenfuse.strategies._base import Attention, Need, Needs
+from tokenfuse.strategies._tower import PixelTokens
 from tokenfuse.tokens import Modality, VisualTokens
 
 Fuse = Callable[[FusionPlan, Tensor], Tensor]
@@ -47,7 +48,8 @@ class Encoded:
     ``kind``: what the items are; an image-only model's images may be the frames of videos.
     ``spans``: where the tokens of each item are among the tower's features. ``places``: where
     each item begins and ends in the prompt. ``again``: how many items the tower has read that an
-    earlier turn had read already; they are not among the others.
+    earlier turn had read already; they are not among the others. ``cut``: for each item, which of
+    its tokens the tower has read; those alone are in ``items``. None for all.
     """
 
     modality: Modality
@@ -57,6 +59,7 @@ class Encoded:
     spans: list[Span]
     places: list[tuple[Place, Place]]
     again: int = 0
+    cut: list[FusionPlan] | None = None
 
     def keep_mask(self, plans: Sequence[FusionPlan]) -> Tensor:
         """Which of the tower's features stay, ``(n,)``: the plans' survivors, and all others."""
@@ -95,7 +98,8 @@ class _Tower(NamedTuple):
     """What the vision tower made of one modality: ``features (n, D)``, and ``saliency (N,)``.
 
     ``places``: where each span begins and ends in the prompt. ``again``: how many spans were left
-    out because an earlier turn has read them.
+    out because an earlier turn has read them. ``cut``: for each span, which of its tokens the tower
+    has read, None for all.
     """
 
     modality: Modality
@@ -106,6 +110,7 @@ class _Tower(NamedTuple):
     saliency: Tensor | None
     places: list[tuple[Place, Place]]
     again: int = 0
+    cut: list[FusionPlan] | None = None
 
     def since(self, column: int) -> _Tower:
         """The same without what stands before a column."""
@@ -130,6 +135,7 @@ class _Tower(NamedTuple):
             saliency=saliency,
             places=[self.places[i] for i in new],
             again=len(self.spans) - len(new),
+            cut=None if self.cut is None else [self.cut[i] for i in new],
         )
 
     def as_frames(self) -> _Tower:
@@ -149,7 +155,7 @@ class _Tower(NamedTuple):
         if self.saliency is not None:
             saliency = self.saliency.split([span.num_tokens for span in self.spans])
         parts = self.features.split([span.size for span in self.spans])
-        return [
+        whole = [
             VisualTokens.from_grid(
                 part if span.plain else part[span.tokens(part.device)],
                 span.grid,
@@ -159,6 +165,12 @@ class _Tower(NamedTuple):
             for ((row, _), _), span, part, salient in zip(
                 self.places, self.spans, parts, saliency, strict=True
             )
+        ]
+        if self.cut is None:
+            return whole
+        return [
+            tokens.after(plan.survivors, plan.select(tokens.features))
+            for tokens, plan in zip(whole, self.cut, strict=True)
         ]
 
 
@@ -291,6 +303,27 @@ class Adapter(ModelAdapter):
             return layout.from_video_pixels(entries, pixels, vision, newline)
         return layout.from_pixels(entries, pixels, vision, newline, inputs.get("image_sizes"))
 
+    @property
+    def cuts_tower(self) -> bool:
+        """Whether the vision tower can read some of its patches only."""
+        return type(self).shorter_tower is not Adapter.shorter_tower
+
+    def pixels(self, inputs: Mapping[str, Any], modality: Modality) -> list[PixelTokens]:
+        """The items of a modality as the tower is about to read them, in prompt order.
+
+        For adapters that override ``shorter_tower``.
+        """
+        raise NotImplementedError
+
+    def shorter_tower(
+        self, inputs: Mapping[str, Any], modality: Modality, keep: Tensor
+    ) -> AbstractContextManager[None]:
+        """Let the tower read the visual tokens that ``keep (N,)`` marks only, inside the block.
+
+        Features of the others are zeros. By default no tower can.
+        """
+        raise NotImplementedError
+
     def check(self, prompt: Prompt, modality: Modality) -> None:
         """Raise PromptError where the tower cannot read the inputs of a modality.
 
@@ -341,6 +374,7 @@ class Adapter(ModelAdapter):
         needs: Mapping[Modality, Needs] | None = None,
         frames_as_images: bool = False,
         after: Turn | None = None,
+        tower_plan: Callable[[PixelTokens], FusionPlan] | None = None,
     ) -> list[Encoded]:
         """Run the vision tower once per modality and return every item as ``VisualTokens``.
 
@@ -357,13 +391,15 @@ class Adapter(ModelAdapter):
         towers = [
             tower
             for modality in prompt.shows
-            if (tower := self._tower(prompt, modality, needs, frames_as_images, since)).spans
+            if (
+                tower := self._tower(prompt, modality, needs, frames_as_images, since, tower_plan)
+            ).spans
         ]
         texts: dict[int, Tensor] = {}
         if any(needs.get(tower.kind, Needs()).text for tower in towers):
             texts = self._texts(prompt, towers, after)
         return [
-            Encoded(x.modality, x.output, x.items(texts), x.kind, x.spans, x.places, x.again)
+            Encoded(x.modality, x.output, x.items(texts), x.kind, x.spans, x.places, x.again, x.cut)
             for x in towers
         ]
 
@@ -374,6 +410,7 @@ class Adapter(ModelAdapter):
         needs: Mapping[Modality, Needs],
         frames_as_images: bool,
         since: int,
+        tower_plan: Callable[[PixelTokens], FusionPlan] | None,
     ) -> _Tower:
         """What the vision tower makes of the items of a modality from column ``since`` on."""
         self.check(prompt, modality)
@@ -389,7 +426,14 @@ class Adapter(ModelAdapter):
                 return _Tower(modality, kind, None, prompt.ids.new_empty(0, 0), [], None, [])
             inputs = {**inputs, **self.pixels_of(inputs, modality, new)}
         attention = needs.get(kind, Needs()).attention
-        with self.listen(attention, modality) as heard:
+        cut: list[FusionPlan] | None = None
+        shorter: AbstractContextManager[None] = nullcontext()
+        if tower_plan is not None:
+            cut = [tower_plan(pixels) for pixels in self.pixels(inputs, modality)]
+            keep = torch.cat([plan.keep_mask for plan in cut])
+            if not all(plan.is_identity for plan in cut):
+                shorter = self.shorter_tower(inputs, modality, keep)
+        with self.listen(attention, modality) as heard, shorter:
             output = self._encode(inputs, modality)
         saliency = None
         if attention is not None:
@@ -402,7 +446,7 @@ class Adapter(ModelAdapter):
         layout.check_spans(spans, len(features), modality)
         sizes = [span.size for span in spans]
         places = prompt.places(modality, sizes, since if counts is not None else 0)
-        tower = _Tower(modality, kind, output, features, spans, saliency, places)
+        tower = _Tower(modality, kind, output, features, spans, saliency, places, 0, cut)
         if since and counts is None:
             tower = tower.since(since)
         return tower.as_frames() if frames else tower

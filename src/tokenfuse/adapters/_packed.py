@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from math import prod
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from tokenfuse.adapters._base import Adapter
 from tokenfuse.adapters._saliency import QueriesKeys
+from tokenfuse.adapters._tower import packed_tower
+from tokenfuse.prompt.inputs import PIXELS
+from tokenfuse.strategies._tower import PixelTokens
 from tokenfuse.tokens import Modality
 
 
@@ -21,6 +27,31 @@ class Packed(Adapter):
 
     def queries_keys(self, module: Any, modality: Modality, **call: Any) -> QueriesKeys:
         return packed_frames(module, **call)
+
+
+class QwenPacked(Packed):
+    """A tower of Qwen's, whose blocks take any number of patches."""
+
+    pixel_scale: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
+    """Standard deviations by which the family's processor divides pixels."""
+
+    def pixels(self, inputs: Mapping[str, Any], modality: Modality) -> list[PixelTokens]:
+        vision, grid = self.model.config.vision_config, inputs[f"{modality}_grid_thw"]
+        merge = vision.spatial_merge_size
+        channels = getattr(vision, "in_channels", None) or vision.in_chans
+        # (patches, channels * frames * rows * columns), the patches of a token one after the other.
+        patches = inputs[PIXELS[modality]].unflatten(-1, (channels, -1))
+        tokens = patches.unflatten(0, (-1, merge**2)).transpose(1, 2).flatten(2)
+        scale = torch.tensor(self.pixel_scale, device=tokens.device)
+        sizes = [(t, h // merge, w // merge) for t, h, w in grid.tolist()]
+        parts = tokens.split([prod(size) for size in sizes])
+        return [PixelTokens(x, size, scale) for x, size in zip(parts, sizes, strict=True)]
+
+    def shorter_tower(
+        self, inputs: Mapping[str, Any], modality: Modality, keep: Tensor
+    ) -> AbstractContextManager[None]:
+        grid = inputs[f"{modality}_grid_thw"]
+        return packed_tower(self.model.base_model.visual, grid, keep)
 
 
 def packed_frames(

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokenfuse.adapters._packed import Packed
+from tokenfuse.adapters._packed import QwenPacked
 from tokenfuse.tokens import Modality
 
 
-class Qwen25VL(Packed):
+class Qwen25VL(QwenPacked):
     """Qwen2.5-VL: one block of placeholders per video, M-RoPE in seconds, windows in the tower.
 
     In most vision blocks a patch sees its window alone. Saliency is then the attention in the
@@ -21,6 +21,7 @@ class Qwen25VL(Packed):
 
     name: ClassVar[str] = "qwen2_5_vl"
     family: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
+    pixel_scale: ClassVar[tuple[float, float, float]] = (0.26862954, 0.26130258, 0.27577711)
 
     def arrange_saliency(
         self, saliency: Tensor, block: int, inputs: Mapping[str, Any], modality: Modality

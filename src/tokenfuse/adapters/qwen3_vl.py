@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tokenfuse.adapters._packed import Packed
+from tokenfuse.adapters._packed import QwenPacked
 
 
-class Qwen3VL(Packed):
+class Qwen3VL(QwenPacked):
     """Qwen3-VL, dense and mixture of experts: a timestamp per frame, DeepStack, M-RoPE."""
 
     name: ClassVar[str] = "qwen3_vl"

@@ -6,7 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenfuse.adapters._base import Adapter, Encoded
-from tokenfuse.compression import CompressedInputs, compress_prompt, needs_of
+from tokenfuse.compression import (
+    CompressedInputs,
+    compress_prompt,
+    encode_prompt,
+    needs_of,
+)
 from tokenfuse.config import Configuration
 from tokenfuse.plan import FusionPlan
 from tokenfuse.tokens import Modality
@@ -23,9 +28,10 @@ class EncodedPrompt:
     def encoded(self, configuration: Configuration) -> list[Encoded]:
         """What the vision tower makes of the prompts for this configuration."""
         needs = needs_of(configuration.strategy)
-        key = frozenset(needs.items())
+        strategy = configuration.strategy
+        key = (frozenset(needs.items()), strategy if strategy.acts_before_tower else None)
         if key not in self._seen:
-            self._seen[key] = self.adapter.encode(self.prompt, needs)
+            self._seen[key] = encode_prompt(self.adapter, self.prompt, strategy)
         return self._seen[key]
 
     def shorten(

@@ -20,9 +20,10 @@ from tokenfuse.ops.select import budget, top
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._fields import KeepRatio, VisionBlock
 from tokenfuse.strategies._layers import CachePruning, LayerCut
+from tokenfuse.strategies._tower import PixelTokens
 from tokenfuse.tokens import Grid, Modality, VisualTokens, describe_rows
 
-Stage = Literal["vit", "pre_llm", "llm"]
+Stage = Literal["vit", "tower", "pre_llm", "llm"]
 Need = Literal["grid", "saliency", "text"]
 Query = Literal["each", "mean"]
 MANY = 16_384
@@ -197,6 +198,15 @@ class Strategy(BaseModel, ABC):
     def for_modality(self, modality: Modality) -> Strategy | None:
         """The strategy for images or for videos; None where they are left as they are."""
         return self
+
+    def tower_plan(self, pixels: PixelTokens) -> FusionPlan | None:
+        """The plan for one item before the vision tower reads it, which drops; None for all."""
+        return None
+
+    @property
+    def acts_before_tower(self) -> bool:
+        """Whether ``tower_plan`` says anything."""
+        return type(self).tower_plan is not Strategy.tower_plan
 
     def cuts(self) -> tuple[LayerCut, ...]:
         """What the strategy does inside the LLM, in ascending order of layers."""

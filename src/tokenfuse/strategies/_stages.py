@@ -14,6 +14,8 @@ def stages(cls: type[Strategy]) -> list[Stage]:
     found: list[Stage] = []
     if cls.stage == "vit" or issubclass(cls, VitStrategy):
         found.append("vit")
+    if cls.stage == "tower":
+        found.append("tower")
     if cls.stage == "pre_llm":
         found.append("pre_llm")
     own = (cls.cuts, cls.cache_pruning)

@@ -68,6 +68,11 @@ class ByModality(Strategy):
     def _usable(cls, part: Strategy | None) -> Strategy | None:
         if part is not None:
             check_part(part)
+            if part.acts_before_tower:
+                raise ValueError(
+                    f"{part.name} reads pixels, before the vision tower; put it first in a chain, "
+                    "or at the top"
+                )
             if part.cuts() or part.cache_pruning():
                 raise ValueError(
                     f"{part.name} acts inside the LLM, on all visual tokens of a prompt; put it "

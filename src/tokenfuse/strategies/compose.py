@@ -23,6 +23,7 @@ from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Needs, Strategy
 from tokenfuse.strategies._layers import CachePruning, LayerCut
 from tokenfuse.strategies._parts import PART, check_part, load_part
+from tokenfuse.strategies._tower import PixelTokens
 from tokenfuse.tokens import Grid, Modality, VisualTokens
 
 MOST_STEPS = 64
@@ -89,9 +90,12 @@ class Compose(Strategy):
             )
         if len([step for step in steps if step.cache_pruning()]) > 1:
             raise ValueError("several of its steps prune the cache; expected one")
-        kinds = [_before_llm(step) for step in steps]
+        late = next((step for step in steps[1:] if step.acts_before_tower), None)
+        if late is not None:
+            raise ValueError(f"{late.name} acts before the vision tower, so it can only come first")
+        kinds = [_before_llm(step) for step in steps if not step.acts_before_tower]
         if kinds != sorted(kinds, reverse=True):
-            late = steps[kinds.index(False)]
+            late = next(s for s in steps if not s.acts_before_tower and not _before_llm(s))
             raise ValueError(
                 f"{late.name} acts inside the LLM, and a step that acts before it follows; "
                 "expected it behind that one"
@@ -129,6 +133,13 @@ class Compose(Strategy):
     @property
     def needs_grid(self) -> bool:
         return self.compose[0].needs_grid
+
+    @property
+    def acts_before_tower(self) -> bool:
+        return self.compose[0].acts_before_tower
+
+    def tower_plan(self, pixels: PixelTokens) -> FusionPlan | None:
+        return self.compose[0].tower_plan(pixels)
 
     @property
     def _before(self) -> list[Strategy]:
