@@ -147,7 +147,7 @@ def test_a_prompt_in_parts_is_refused_by_name():
         tokenfuse.attach(model, CutInside(layers=(2,))),
         pytest.raises(PromptError, match="prefill_chunk_size"),
     ):
-        model.generate(**inputs, **GREEDY, prefill_chunk_size=16, cache=DynamicCache())
+        model.generate(**inputs, **GREEDY, prefill_chunk_size=16, **as_argument(DynamicCache()))
 
 
 def test_a_model_called_token_by_token():
