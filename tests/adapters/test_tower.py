@@ -9,7 +9,7 @@ import tokenfuse
 from families import FAMILIES
 from tokenfuse import FusionPlan, Strategy
 from tokenfuse.compression import prompt_adapter
-from tokenfuse.errors import ConfigError, PlanError, UnsupportedModelError
+from tokenfuse.errors import ConfigError, PlanError, PromptError, UnsupportedModelError
 from tokenfuse.prompt.cache import as_argument, cache_of
 from tokenfuse.registry import default_registry
 from tokenfuse.sessions._decoder import decoder_layers
@@ -193,6 +193,8 @@ def test_other_towers_refuse_by_name():
     model, inputs = model_and_inputs("qwen3_vl")
     with pytest.raises(UnsupportedModelError, match="compose reads the attention of the vision"):
         tokenfuse.compress(model, inputs, {"compose": ["pixelprune", "attention"]})
+    with pytest.raises(PromptError, match="frames_as_images=False"):
+        tokenfuse.compress(model, inputs, "pixelprune", frames_as_images=True)
     tokens = tokenfuse.VisualTokens.from_grid(torch.randn(4, 2), (1, 2, 2))
     with pytest.raises(ConfigError, match="bare tokens have none"):
         tokenfuse.get_strategy("pixelprune").compress(tokens)

@@ -429,6 +429,12 @@ class Adapter(ModelAdapter):
         cut: list[FusionPlan] | None = None
         shorter: AbstractContextManager[None] = nullcontext()
         if tower_plan is not None:
+            if frames:
+                raise PromptError(
+                    "images are shown as the frames of a video, and the strategy acts before the "
+                    "vision tower, which reads them one by one; expected frames_as_images=False, "
+                    "or a strategy that acts behind the tower"
+                )
             cut = [tower_plan(pixels) for pixels in self.pixels(inputs, modality)]
             keep = torch.cat([plan.keep_mask for plan in cut])
             if not all(plan.is_identity for plan in cut):
