@@ -18,6 +18,16 @@ COUNTS_PROMPT = (*LENGTHS, "prompt_length_to_skip", "begin_index", "regulation_s
 """Attributes of transformers' own processors and criteria that count the prompt's tokens."""
 
 
+def setting(name: str, arguments: Mapping[str, Any], defaults: Any) -> Any:
+    """What ``generate`` takes an option for, looking where it looks; None where nobody says it.
+
+    ``defaults`` is the model's generation_config.
+    """
+    given = getattr(arguments.get("generation_config"), name, None)
+    found = (arguments.get(name), given, getattr(defaults, name, None))
+    return next((value for value in found if value is not None), None)
+
+
 def for_shorter_prompt(
     arguments: Mapping[str, Any], prompt: Tensor, short: Tensor, defaults: Any
 ) -> dict[str, Any]:
@@ -33,17 +43,12 @@ def for_shorter_prompt(
     if config is not None:
         config = moved["generation_config"] = copy.copy(config)
 
-    def setting(name: str) -> Any:
-        # The order in which generate looks.
-        found = (moved.get(name), getattr(config, name, None), getattr(defaults, name, None))
-        return next((value for value in found if value is not None), None)
-
     def callers_ids(ids: Tensor) -> Tensor:
         rows = prompt.to(ids.device).repeat_interleave(len(ids) // len(prompt), 0)
         return torch.cat([rows, ids[:, short.shape[1] :]], -1)
 
     for name in LENGTHS:
-        length = setting(name)
+        length = setting(name, moved, defaults)
         if not length:
             continue
         if moved.get(name) is None and config is not None:
@@ -58,7 +63,8 @@ def for_shorter_prompt(
     allowed = moved.get("prefix_allowed_tokens_fn")
     if allowed is not None:
         # Beams of one prompt share its number; sampled sequences are numbered one by one.
-        same = 1 if (setting("num_beams") or 1) > 1 else setting("num_return_sequences") or 1
+        beams = setting("num_beams", moved, defaults) or 1
+        same = 1 if beams > 1 else setting("num_return_sequences", moved, defaults) or 1
 
         def prefix(number: int, ids: Tensor) -> Any:
             mine = prompt[number // same].to(ids.device)
@@ -68,6 +74,18 @@ def for_shorter_prompt(
     if moved.get("streamer") is not None:
         moved["streamer"] = _PromptStreamer(moved["streamer"], callers_ids)
     return moved
+
+
+def uncompiled(arguments: dict[str, Any]) -> None:
+    """Let ``generate`` run without compiling its steps. ``arguments``: from ``for_shorter_prompt``.
+
+    Beside a generation_config a keyword makes transformers warn.
+    """
+    config = arguments.get("generation_config")
+    if config is None or "disable_compile" in arguments:
+        arguments.setdefault("disable_compile", True)
+    else:
+        config.disable_compile = True
 
 
 def _view(one: Any, callers_ids: Callable[[Tensor], Tensor], removed: int) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ from tokenfuse.registry import Registry
 from tokenfuse.report import Report
 from tokenfuse.sessions._attached import Attached, place, refuse_compiled
 from tokenfuse.sessions._decoder import refuse_unfit_cuts
-from tokenfuse.sessions.arguments import for_shorter_prompt
+from tokenfuse.sessions.arguments import for_shorter_prompt, setting, uncompiled
 from tokenfuse.sessions.llm_stage import LayerStage, layer_stage
 from tokenfuse.sessions.proportional import attention_modules, proportional_attention
 
@@ -91,6 +91,7 @@ class Session(Attached):
         self.adapter: Adapter = prompt_adapter(model, registry)
         self.reports: deque[Report] = deque(maxlen=REPORTS)
         self.columns: Tensor | None = None
+        self._noting = Lock()
         self._observe = registry.observe
         self._frames_as_images = frames_as_images
         self._own: dict[str, Any] = {}
@@ -423,7 +424,7 @@ class Session(Attached):
         )
         if turn.visuals is not None or turn.layers is not None:
             # A static cache would have the steps compiled, without the hooks of the layers.
-            arguments.setdefault("disable_compile", True)
+            uncompiled(arguments)
         with (
             proportional_attention(self.model, turn.shares),
             layer_stage(self.model, self.strategy, turn) as stage,
@@ -456,9 +457,10 @@ class Session(Attached):
         if counts is not None and isinstance(arguments, CompressedInputs):
             before = arguments.report
             report = told_by_layer(self.adapter, before, *counts, arguments)
-            for i, noted in enumerate(self.reports):
-                if noted is before:
-                    self.reports[i] = report
+            with self._noting:
+                for i, noted in enumerate(self.reports):
+                    if noted is before:
+                        self.reports[i] = report
             self._observe("tokenfuse_compressed", report=report)
         return stage.after(turn)
 
@@ -468,8 +470,9 @@ class Session(Attached):
             self._observe(hook, **arguments)
 
     def _note(self, report: Report, columns: Tensor | None) -> None:
-        self.reports.append(report)
-        self.columns = columns
+        with self._noting:
+            self.reports.append(report)
+            self.columns = columns
 
     def _shows(self, ids: Tensor) -> bool:
         """Whether some of the ids stand for images or videos. A host sync for each kind of id."""
@@ -494,9 +497,7 @@ class Session(Attached):
         """Raise PromptError where beams would change places under what each step has chosen."""
         if self.strategy.cache_pruning() is None:
             return
-        configs = (inputs.get("generation_config"), self.model.generation_config)
-        said = [inputs.get("num_beams"), *(getattr(c, "num_beams", None) for c in configs)]
-        beams = next((value for value in said if value is not None), 1)
+        beams = setting("num_beams", inputs, self.model.generation_config) or 1
         if beams > 1:
             raise PromptError(
                 f"num_beams is {beams}, and strategy {self.strategy.name} remembers for each "
@@ -506,9 +507,7 @@ class Session(Attached):
     def _refuse_gaps_without_a_cache(
         self, inputs: Mapping[str, Any], short: Mapping[str, Any]
     ) -> None:
-        configs = (inputs.get("generation_config"), self.model.generation_config)
-        said = [inputs.get("use_cache"), *(getattr(c, "use_cache", None) for c in configs)]
-        cached = next((value for value in said if value is not None), True)
+        cached = setting("use_cache", inputs, self.model.generation_config) is not False
         # generate drops a mask that hides nothing; without a cache 1-D positions are all that is
         # left to tell prompts apart.
         positions, steps = short["position_ids"], short["position_ids"].diff()
