@@ -37,7 +37,7 @@ from tokenfuse.prompt.turn import Item, Shortened, Turn, in_prompt_order, shorte
 from tokenfuse.registry import Registry, default_registry
 from tokenfuse.report import ItemReport, Report
 from tokenfuse.strategies._base import Needs, Strategy
-from tokenfuse.strategies._parts import SILENT
+from tokenfuse.strategies._parts import silent
 from tokenfuse.strategies._tower import PixelTokens, TowerPlan, drops_only
 from tokenfuse.tokens import Grid, Modality, VisualTokens, grid_coords
 
@@ -359,8 +359,9 @@ def refuse_unmet_needs(adapter: Adapter, configuration: Configuration) -> None:
                 f"strategy {part.name} acts at stage {part.stage}; on a model with a prompt "
                 "strategies act at pre_llm or llm: choose one of these"
             )
-    if strategy.stage == "llm" and not acts_inside(strategy):
-        raise UnsupportedModelError(f"strategy {SILENT.format(name=strategy.name)}")
+    found = silent(strategy)
+    if found is not None:
+        raise UnsupportedModelError(f"strategy {found}")
     for part in _parts(strategy).values():
         needs = part.needed()
         if needs.attention is not None and strategy.acts_before_tower:

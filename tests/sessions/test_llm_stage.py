@@ -3,10 +3,11 @@
 import copy
 import functools
 import threading
+import types
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import tokenfuse
 from families import FAMILIES
@@ -688,3 +689,95 @@ def test_beams_are_refused_where_steps_remember():
         pytest.raises(PromptError, match="num_beams is 2"),
     ):
         model.generate(**inputs, **GREEDY, num_beams=2)
+
+
+class Reading(LayerStrategy):
+    """Reads what it is told to at layer 2, perhaps after a cut at layer 1, and keeps all there."""
+
+    name = "reading"
+    queries: str | None = None
+    own: bool = False
+    cuts_before: bool = False
+    seen: object = None
+
+    def cuts(self):
+        first = (LayerCut(1, self.halve),) if self.cuts_before else ()
+        choose = (lambda tokens: tokens.text_after) if self.queries == "chosen" else None
+        keys = self.queries is None
+        return (*first, LayerCut(2, self.look, self.queries, self.own, choose, keys=keys))
+
+    def halve(self, tokens):
+        n = tokens.num_visual
+        return FusionPlan.from_survivors(torch.arange(0, n, 2), n)
+
+    def look(self, tokens):
+        self.seen.append(tokens)
+        return FusionPlan.identity(tokens.num_visual, tokens.visual.device)
+
+
+@pytest.mark.parametrize("cuts_before", [False, True])
+@pytest.mark.parametrize("queries", ["last", "chosen", "all", None])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_vl", "llava"])
+@torch.no_grad()
+def test_what_a_cut_reads_is_in_the_models_own_maps(family, queries, cuts_before):
+    """Attention after softmax as the eager kernel returns it, and keys as the cache holds them."""
+    model = FAMILIES[family].build("eager")
+    kind = FAMILIES[family].modalities[0]
+    rows = [[("text", 3), (kind, 2), ("text", 4)], [("text", 1), (kind, 1), ("text", 3)]]
+    inputs = FAMILIES[family].prompt(rows, "left")
+    for own in (False, True) if queries not in (None, "chosen") else (False,):
+        seen = []
+        strategy = Reading(queries=queries, own=own, cuts_before=cuts_before, seen=seen)
+        with tokenfuse.attach(model, strategy):
+            output = model(**inputs, output_attentions=True, use_cache=True)
+        layer = 2 if own else 1
+        for row, tokens in enumerate(seen):
+            n = tokens.states.shape[0]
+            every = output.attentions[layer][row, :, -n:, -n:]
+            if queries is None:
+                keys = cache_of(output).layers[layer].keys[row, :, -n:].transpose(0, 1)
+                assert torch.equal(tokens.keys, keys)
+            elif queries == "all":
+                torch.testing.assert_close(
+                    tokens.received, every.mean((0, 1)), atol=1e-5, rtol=1e-4
+                )
+            else:
+                expected = tokens.text_after if queries == "chosen" else torch.tensor([n - 1])
+                assert torch.equal(tokens.rows, expected)
+                torch.testing.assert_close(
+                    tokens.attention, every[:, expected], atol=1e-5, rtol=1e-4
+                )
+
+
+def test_autocast_rounds_no_choice():
+    """Scores are those of the queries and keys that the model has made, in fp32."""
+    model, inputs, kinds = deep(), one_video(), []
+
+    class Looks(CutInside):
+        name = "looks"
+
+        def choose(self, tokens):
+            product = tokens.features.float() @ tokens.features.float().T
+            kinds.extend([tokens.attention.dtype, product.dtype])
+            return super().choose(tokens)
+
+    with tokenfuse.attach(model, Looks(layers=(2,))), torch.autocast("cpu", torch.bfloat16):
+        model(**inputs)
+        assert torch.is_autocast_enabled("cpu")
+    assert kinds == [torch.float32, torch.float32]
+
+
+def test_a_configuration_of_the_callers_is_neither_warned_of_nor_changed(recwarn):
+    config = GenerationConfig(max_new_tokens=3, cache_implementation="static")
+    before, model = copy.deepcopy(config.to_dict()), deep()
+    with tokenfuse.attach(model, "fastv", layer=1):
+        ids = model.generate(**one_video(), generation_config=config)
+    assert ids.shape[1] == one_video()["input_ids"].shape[1] + 3
+    assert config.to_dict() == before
+    assert not [w for w in recwarn if "generation_config" in str(w.message)]
+
+
+def test_v2_of_sparsevlm_is_refused_without_a_rotary_embedding():
+    tokens = types.SimpleNamespace(attention=torch.rand(2, 1, 4), visual=torch.arange(3), rope=None)
+    with pytest.raises(UnsupportedModelError, match="expected version: v1"):
+        tokenfuse.get_strategy("sparsevlm", version="v2").corrected(tokens)

@@ -19,6 +19,7 @@ from torch import Tensor
 from tokenfuse.adapters._hooks import Hook
 from tokenfuse.costs import Stopwatch
 from tokenfuse.errors import PlanError, PromptError, UnsupportedModelError
+from tokenfuse.ops.precision import outside_autocast
 from tokenfuse.ops.row_attention import received_attention, row_attention
 from tokenfuse.ops.select import true_indices
 from tokenfuse.plan import FusionPlan
@@ -317,8 +318,7 @@ class LayerStage:
         assert call.rows is not None
         if call.whole is None or call.short is None or not any(row.fused for row in call.rows):
             return short
-        # What has been added to tokens that are fused is fused like them. In place of those that
-        # are gone the model was given zeros, so that it is all that is there.
+        # What has been added to tokens that are fused is fused like them.
         short, width = short.clone(), short.shape[1]
         for number, row in enumerate(call.rows):
             if row.first is None:
@@ -326,8 +326,9 @@ class LayerStage:
             left = width - len(row.columns)
             for i in range(number * call.times, (number + 1) * call.times):
                 added = hidden[i, row.first] - call.whole[i, row.first]
-                for plan, fuse in row.fused:
-                    added = fuse(plan, added)
+                with outside_autocast(added.device):
+                    for plan, fuse in row.fused:
+                        added = fuse(plan, added)
                 short[i, left + row.visual] = call.short[i, left + row.visual] + added
         return short
 
@@ -339,12 +340,13 @@ class LayerStage:
         for cut in self.cuts.values():
             if cut.choose is None:
                 continue
-            call.chosen[cut.layer] = [
-                row.columns[cut.choose(self._view(call, row, hidden[i * call.times], 0))]
-                if len(row.visual)
-                else row.columns[:0]
-                for i, row in enumerate(call.rows)
-            ]
+            with outside_autocast(hidden.device):
+                call.chosen[cut.layer] = [
+                    row.columns[cut.choose(self._view(call, row, hidden[i * call.times], 0))]
+                    if len(row.visual)
+                    else row.columns[:0]
+                    for i, row in enumerate(call.rows)
+                ]
 
     def _view(self, call: Call, row: Row, states: Tensor, layer: int, **read: Any) -> LayerTokens:
         """One prompt as a strategy sees it. ``states``: those of all columns of the call."""
@@ -385,7 +387,8 @@ class LayerStage:
                 continue
             states = hidden[i * call.times]
             view = self._view(call, row, states, cut.layer, **reads[i])
-            plan = self._checked(cut.plan(view), row)
+            with outside_autocast(states.device):
+                plan = self._checked(cut.plan(view), row)
             before = row.columns[row.visual]
             leave(row, plan, cut)
             if plan.is_identity:
@@ -414,7 +417,8 @@ class LayerStage:
             row.fused.append((plan, cut.fuse))
             at = short.shape[1] - len(row.columns) + row.visual
             for j in range(i * call.times, (i + 1) * call.times):
-                short[j, at] = cut.fuse(plan, hidden[j, before]).to(short.dtype)
+                with outside_autocast(hidden.device):
+                    short[j, at] = cut.fuse(plan, hidden[j, before]).to(short.dtype)
         self.watch.lap()
         return short
 
@@ -563,9 +567,14 @@ class LayerStage:
         own = past + places
         if cut.queries == "all":
             asked = given(places)
-            received = received_attention(
-                asked.queries, keys, asked.scale, lambda part: visible(places[part]), asked.softcap
-            )
+            with outside_autocast(keys.device):
+                received = received_attention(
+                    asked.queries,
+                    keys,
+                    asked.scale,
+                    lambda part: visible(places[part]),
+                    asked.softcap,
+                )
             return {"received": received[own]}
         if cut.queries == "chosen":
             # No cut removes text, so that they are still there.
@@ -578,7 +587,8 @@ class LayerStage:
             asked = torch.tensor([end], device=places.device)
         where = places[asked]
         found = given(where)
-        rows = row_attention(found.queries, keys, found.scale, visible(where), found.softcap)
+        with outside_autocast(keys.device):
+            rows = row_attention(found.queries, keys, found.scale, visible(where), found.softcap)
         return {"attention": rows[:, :, own], "rows": asked}
 
     def _take_keys(self) -> Tensor | None:
@@ -645,15 +655,17 @@ class LayerStage:
                 continue
             query = given_rows(module, given, i, place)
             visible = visible_rows(given.get("attention_mask"), i, place, held, own.shape[1])
-            rows_of = row_attention(query.queries, own, query.scale, visible, query.softcap)
-            weights = rows_of[:, 0].mean(0)
+            with outside_autocast(own.device):
+                rows_of = row_attention(query.queries, own, query.scale, visible, query.softcap)
+                weights = rows_of[:, 0].mean(0)
             entries = columns
             if before is not None:
                 stands, counts = before.until(call.past)
                 stands, counts = stands[i // call.times], counts[i // call.times]
                 index = torch.arange(len(stands), device=keys.device)
                 entries = index.new_zeros(width).scatter(0, stands[counts], index[counts])[columns]
-            chosen = self.pruning.choose(weights[entries], self.states[i])
+            with outside_autocast(own.device):
+                chosen = self.pruning.choose(weights[entries], self.states[i])
             unread[i] = unread[i].scatter(0, columns, ~chosen)
         call.unread = unread
 

@@ -12,10 +12,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
 from tokenfuse.errors import ConfigError, PlanError
+from tokenfuse.ops.precision import outside_autocast
 from tokenfuse.ops.select import budget, top
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._fields import KeepRatio, VisionBlock
@@ -244,8 +245,15 @@ class Strategy(BaseModel, ABC):
         return self.with_options(keep_ratio=share)
 
     def with_options(self, **options: Any) -> Self:
-        """The same strategy with other options, which are checked."""
-        return type(self)(**{**dict(self), **options})
+        """The same strategy with other options. Raises ConfigError where they do not fit."""
+        try:
+            return type(self)(**{**dict(self), **options})
+        except ValidationError as error:
+            found = [
+                f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+                for problem in error.errors()
+            ]
+            raise ConfigError(f"strategy {self.name}: {'; '.join(found)}") from None
 
     def describe(self) -> dict[str, Any]:
         """The configuration that makes this strategy again, ``{"strategy": name, ...}``."""
@@ -278,18 +286,13 @@ def warn_of_pairs(strategy: Strategy, tokens: VisualTokens) -> None:
 
 
 def _outside_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
-    """``method`` as it is outside ``torch.autocast``, which would round its products.
-
-    ``torch.autocast`` changes what a strategy keeps, and lets fp16 overflow where fp32 does not.
-    """
+    """``method`` as it is outside ``torch.autocast``."""
 
     @functools.wraps(method)
     def exact(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = (getattr(x, "features", x) for x in (*args, *kwargs.values()))
-        kind = next((x.device.type for x in given if isinstance(x, Tensor)), "cpu")
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-            return method(self, *args, **kwargs)
-        with torch.autocast(kind, enabled=False):
+        device = next((x.device for x in given if isinstance(x, Tensor)), torch.device("cpu"))
+        with outside_autocast(device):
             return method(self, *args, **kwargs)
 
     return exact

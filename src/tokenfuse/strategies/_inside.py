@@ -30,12 +30,12 @@ def _one_or_more(item: dict[str, Any]) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [item, several]})
 
 
-Layers = Annotated[
+LayerSchedule = Annotated[
     tuple[Layer, ...],
     Field(min_length=1, description="decoder layers at whose input tokens go, rising"),
     _one_or_more({"type": "integer", "minimum": 1}),
 ]
-Shares = Annotated[
+LayerShares = Annotated[
     tuple[Annotated[float, Field(gt=0, le=1)], ...],
     Field(
         min_length=1,
@@ -62,7 +62,7 @@ def share_after(share: float, layer: int, layers: int) -> float:
 
 
 def in_proportion(layers: tuple[int, ...], number: int) -> tuple[int, ...]:
-    """Layers of a decoder of 32, where papers state them, for one of ``number`` layers."""
+    """LayerSchedule of a decoder of 32, where papers state them, for one of ``number`` layers."""
     if layers[-1] < number:
         return layers
     found = sorted({max(1, round(layer * number / 32)) for layer in layers})
@@ -90,8 +90,8 @@ class LayerStrategy(Strategy):
 class Scheduled(LayerStrategy):
     """A strategy that acts at several layers, with a share of the first count at each."""
 
-    layers: Layers
-    keep_ratio: Shares
+    layers: LayerSchedule
+    keep_ratio: LayerShares
 
     @field_validator("layers", "keep_ratio", mode="before")
     @classmethod

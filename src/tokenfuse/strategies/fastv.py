@@ -42,6 +42,7 @@ class FastV(LayerStrategy):
         return (LayerCut(self.layer, self._plan, queries="last"),)
 
     def at_share(self, share: float, layers: int) -> Self:
+        """As ever, at layer 1 where the layers before the cut would read more than the share."""
         (layer,) = in_proportion((self.layer,), layers)
         if share * layers <= layer:
             layer = 1

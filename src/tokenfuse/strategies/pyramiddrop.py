@@ -8,7 +8,7 @@ import torch
 
 from tokenfuse.ops.select import budget, top
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._inside import Layers, Scheduled, Shares
+from tokenfuse.strategies._inside import LayerSchedule, LayerShares, Scheduled
 from tokenfuse.strategies._layers import LayerCut, LayerTokens
 
 
@@ -30,8 +30,8 @@ class PyramidDrop(Scheduled):
     name: ClassVar[str] = "pyramiddrop"
     paper: ClassVar[str] = "arXiv 2410.17247"
 
-    layers: Layers = (8, 16, 24)
-    keep_ratio: Shares = (0.5, 0.25, 0.125)
+    layers: LayerSchedule = (8, 16, 24)
+    keep_ratio: LayerShares = (0.5, 0.25, 0.125)
 
     def cuts(self) -> tuple[LayerCut, ...]:
         return tuple(LayerCut(layer, self._plan, queries="last", own=True) for layer in self.layers)

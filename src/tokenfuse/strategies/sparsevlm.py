@@ -9,11 +9,12 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from tokenfuse.errors import UnsupportedModelError
 from tokenfuse.ops import CHUNK
 from tokenfuse.ops.cluster import density_peaks, nearest_centre
 from tokenfuse.ops.select import budget, top
 from tokenfuse.plan import DROPPED, FusionPlan
-from tokenfuse.strategies._inside import Layers, Scheduled, Shares
+from tokenfuse.strategies._inside import LayerSchedule, LayerShares, Scheduled
 from tokenfuse.strategies._layers import LayerCut, LayerTokens, WeighedPlan, fuse_weighed
 
 LEAST = 0.1
@@ -51,8 +52,8 @@ class SparseVLM(Scheduled):
     name: ClassVar[str] = "sparsevlm"
     paper: ClassVar[str] = "arXiv 2410.04417"
 
-    layers: Layers = (3, 7, 16)
-    keep_ratio: Shares = (0.52, 0.348, 0.19)
+    layers: LayerSchedule = (3, 7, 16)
+    keep_ratio: LayerShares = (0.52, 0.348, 0.19)
     version: Literal["v1", "v2", "video"] = Field(
         "v1", description="v1 recycles, v2 corrects for the rotary embedding, video counts ranks"
     )
@@ -88,18 +89,21 @@ class SparseVLM(Scheduled):
         assert tokens.attention is not None
         heads = tokens.attention.shape[0]
         attention = tokens.attention[:, :, tokens.visual]
-        if tokens.rope is not None:
-            cos, sin = (x.float() for x in tokens.rope)
-            assert tokens.rows is not None
-            # What a query and a key of ones make of each other after the rotation.
-            alone = (
-                cos[tokens.rows] @ cos[tokens.visual].T + sin[tokens.rows] @ sin[tokens.visual].T
+        if tokens.rope is None:
+            raise UnsupportedModelError(
+                "version v2 of sparsevlm divides by what the rotary embedding does, and the layers "
+                "of this model are not given one; expected version: v1"
             )
-            scale = cos.shape[-1] ** 0.5
-            attention = attention / (alone / scale).clamp_min(LEAST * scale)
+        cos, sin = (x.float() for x in tokens.rope)
+        assert tokens.rows is not None
+        # What a query and a key of ones make of each other after the rotation.
+        alone = cos[tokens.rows] @ cos[tokens.visual].T + sin[tokens.rows] @ sin[tokens.visual].T
+        scale = cos.shape[-1] ** 0.5
+        attention = attention / (alone / scale).clamp_min(LEAST * scale)
         most = self.heads or max(1, round(14 / 32 * heads))
         kept = top(attention.sum((1, 2)), min(most, heads))
-        return attention[kept].mean((0, 1))
+        scores: Tensor = attention[kept].mean((0, 1))
+        return scores
 
 
 @torch.no_grad()

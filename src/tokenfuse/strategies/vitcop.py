@@ -13,7 +13,7 @@ from tokenfuse.ops.cluster import density_peaks, nearest_centre
 from tokenfuse.ops.select import budget, top
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._fields import Neighbours
-from tokenfuse.strategies._inside import Layers, Scheduled, Shares
+from tokenfuse.strategies._inside import LayerSchedule, LayerShares, Scheduled
 from tokenfuse.strategies._layers import LayerCut, LayerTokens, WeighedPlan, fuse_weighed
 
 
@@ -42,8 +42,8 @@ class ViTCoP(Scheduled):
 
     name: ClassVar[str] = "vitcop"
 
-    layers: Layers = (2, 22)
-    keep_ratio: Shares = (0.5, 0.1)
+    layers: LayerSchedule = (2, 22)
+    keep_ratio: LayerShares = (0.5, 0.1)
     clusters: int | None = Field(
         None, ge=1, lt=2**31, description="clusters at the first layer; none for the best alone"
     )
