@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenfuse.adapters._base import Adapter, Encoded
+from tokenfuse.adapters._tower import TowerCosts, tower_cuts
 from tokenfuse.config import Configuration, StrategyLike, get_configuration
 from tokenfuse.costs import (
     Stopwatch,
@@ -38,7 +39,7 @@ from tokenfuse.registry import Registry, default_registry
 from tokenfuse.report import ItemReport, Report
 from tokenfuse.strategies._base import Needs, Strategy
 from tokenfuse.strategies._parts import silent
-from tokenfuse.strategies._tower import PixelTokens, TowerPlan, drops_only
+from tokenfuse.strategies._tower import TowerPlan
 from tokenfuse.tokens import Grid, Modality, VisualTokens, grid_coords
 
 # Reading the metadata of packages takes milliseconds.
@@ -204,27 +205,13 @@ def encode_prompt(
     after: Turn | None = None,
 ) -> list[Encoded]:
     """What the vision tower makes of a prompt, with what the strategy needs beside features."""
-    return adapter.encode(
-        prompt, needs_of(strategy), frames_as_images, after, _before_tower(strategy)
-    )
+    acting = strategy if acts_at_tower(strategy) else None
+    return adapter.encode(prompt, needs_of(strategy), frames_as_images, after, acting)
 
 
-def _before_tower(strategy: Strategy) -> Callable[[PixelTokens], FusionPlan] | None:
-    """The strategy's plans before the vision tower, held against what they have to be."""
-    if not strategy.acts_before_tower:
-        return None
-
-    def plan(pixels: PixelTokens) -> FusionPlan:
-        found = strategy.tower_plan(pixels)
-        if found is None:
-            return FusionPlan.identity(pixels.num_tokens, pixels.pixels.device)
-        try:
-            found.check(pixels.num_tokens, pixels.grid[0])
-        except PlanError as error:
-            raise PlanError(f"strategy {strategy.name}: {error}") from error
-        return drops_only(found, strategy.name)
-
-    return plan
+def acts_at_tower(strategy: Strategy) -> bool:
+    """Whether a strategy does something before or inside the vision tower."""
+    return strategy.acts_before_tower or strategy.acts_in_tower
 
 
 def needs_of(strategy: Strategy) -> dict[Modality, Needs]:
@@ -254,7 +241,7 @@ def compress_prompt(
     watch = Stopwatch(adapter.model.device)
     strategy = configuration.strategy
     inside = acts_inside(strategy)
-    elsewhere = inside or strategy.acts_before_tower
+    elsewhere = inside or acts_at_tower(strategy)
     if not prompt.shows:
         return _unchanged(adapter, prompt, configuration, observe)
     if encoded is None:
@@ -327,6 +314,7 @@ def compress_prompt(
         sum(part.again for part in encoded),
         prompt.inputs,
         prompt.cache,
+        [part.costs for part in encoded if part.costs is not None],
     )
     observe("tokenfuse_compressed", report=report)
     # What the model reads of a cache is its own delta: set last, and only here.
@@ -347,12 +335,8 @@ def refuse_unmet_needs(adapter: Adapter, configuration: Configuration) -> None:
     if configuration.attention == "proportional":
         refuse_fused_kernels(adapter.model)
     strategy = configuration.strategy
-    if strategy.acts_before_tower and not adapter.cuts_tower:
-        raise UnsupportedModelError(
-            f"strategy {strategy.name} acts before the vision tower, and that of model family "
-            f"{adapter.name} reads all of its patches or none; expected one of Qwen's, or a "
-            "strategy that acts behind the tower"
-        )
+    if acts_at_tower(strategy):
+        _refuse_tower(adapter, strategy)
     for part in (strategy, *_parts(strategy).values()):
         if part.stage == "vit":
             raise UnsupportedModelError(
@@ -364,11 +348,6 @@ def refuse_unmet_needs(adapter: Adapter, configuration: Configuration) -> None:
         raise UnsupportedModelError(f"strategy {found}")
     for part in _parts(strategy).values():
         needs = part.needed()
-        if needs.attention is not None and strategy.acts_before_tower:
-            raise UnsupportedModelError(
-                f"strategy {part.name} reads the attention of the vision tower, which here reads "
-                "some of its patches only; expected a strategy that needs none"
-            )
         wanted = {"saliency": needs.attention is not None, "text": needs.text}
         unmet = {need for need, asked in wanted.items() if asked} - adapter.supplies
         if unmet:
@@ -376,6 +355,30 @@ def refuse_unmet_needs(adapter: Adapter, configuration: Configuration) -> None:
                 f"strategy {part.name} needs {', '.join(sorted(unmet))}, which model family "
                 f"{adapter.name} does not supply: choose a strategy that needs features only"
             )
+
+
+def _refuse_tower(adapter: Adapter, strategy: Strategy) -> None:
+    """Raise UnsupportedModelError where a strategy cannot act in the vision tower of this model."""
+    kind, found = adapter.cuts_tower, None
+    if kind is None:
+        found = "whose vision tower has to read everything"
+    elif kind == "frames" and strategy.acts_before_tower:
+        found = "whose vision tower reads whole frames only, and never part of one"
+    else:
+        cuts = tower_cuts(strategy, len(adapter.tower_blocks))
+        if kind == "frames" and not all(cut.frames for cut in cuts):
+            found = "whose vision tower reads whole frames only, and never part of one"
+        elif strategy.needed().attention is not None and any(cut.proportional for cut in cuts):
+            raise UnsupportedModelError(
+                f"strategy {strategy.name} reads attention of the vision tower, where another "
+                "kernel weighs tokens by their sizes; expected one that reads none behind it"
+            )
+    if found is not None:
+        raise UnsupportedModelError(
+            f"strategy {strategy.name} acts before or inside the vision tower, and model family "
+            f"{adapter.name} is one {found}; expected one of Qwen's, or a strategy that acts "
+            "behind the tower"
+        )
 
 
 def acts_inside(strategy: Strategy) -> bool:
@@ -565,7 +568,7 @@ def _fused(
 
     def fuse(plan: FusionPlan, x: Tensor) -> Tensor:
         if isinstance(plan, TowerPlan):
-            x = plan.first.select(x)
+            x = plan.first.fuse(x)
             plan = plan.then
         if by is None:
             return plan.fuse(x)
@@ -595,7 +598,7 @@ def _items(
                 tokens_before=plan.num_source,
                 tokens_after=plan.num_kept,
                 frame_tokens_after=plan.frame_counts(tokens.grid).tolist(),
-                tower_tokens=plan.first.num_kept if isinstance(plan, TowerPlan) else None,
+                tower_tokens=None if part.costs is None else part.costs.tokens[i],
                 matching_flops=0
                 if strategy is None
                 else strategy.matching_flops(tokens.grid, tokens.features.shape[-1]),
@@ -603,7 +606,9 @@ def _items(
                 hint=None if strategy is None else strategy.hint(tokens.grid),
             ),
         )
-        for place, tokens, plan in zip(part.places, part.items, plans, strict=True)
+        for i, (place, tokens, plan) in enumerate(
+            zip(part.places, part.items, plans, strict=True)
+        )
     ]
 
 
@@ -662,6 +667,7 @@ def _report(
     again: int,
     inputs: Mapping[str, Any],
     cache: Any = None,
+    tower: Sequence[TowerCosts] = (),
 ) -> Report:
     """The report of one prompt, whose steps took ``laps`` milliseconds."""
     config = adapter.model.config.get_text_config()
@@ -679,6 +685,9 @@ def _report(
         prefill_flops_after=prefill_flops(config, after),
         kv_cache_bytes_before=kv_cache_bytes(config, before, element),
         kv_cache_bytes_after=kv_cache_bytes(config, after, element),
+        tower_flops_before=sum(costs.flops_before for costs in tower),
+        tower_flops_after=sum(costs.flops_after for costs in tower),
+        tower_ms=sum(costs.choose_ms for costs in tower),
         encode_ms=laps[0],
         plan_ms=laps[1],
         realign_ms=laps[2],

@@ -14,7 +14,7 @@ from tokenfuse.tokens import Grid, Modality
 class ItemReport(BaseModel):
     """One image or video: its grid ``(T, H, W)`` and its tokens, in all and per frame.
 
-    ``tower_tokens``: how many of them the vision tower has read, None for all.
+    ``tower_tokens``: how many of them each block of the vision tower has read, None for all.
     ``matching_flops``: multiply-adds spent on comparing them. ``reason``: why it stays whole, if it
     does. ``hint``: what the strategy says of such a budget, if anything.
     """
@@ -26,7 +26,7 @@ class ItemReport(BaseModel):
     tokens_before: int
     tokens_after: int
     frame_tokens_after: list[int]
-    tower_tokens: int | None = None
+    tower_tokens: list[int] | None = None
     matching_flops: int = 0
     reason: str | None = None
     hint: str | None = None
@@ -44,7 +44,8 @@ class Report(BaseModel):
     are counted. ``*_ms`` are measured wall-clock milliseconds of this call. ``layer_tokens``: how
     many visual tokens each decoder layer has read, where a strategy acts inside the LLM, layer by
     layer and row by row; the figures after compression count them, and ``score_ms`` is what
-    choosing them took. ``encoded_again``: how
+    choosing them took. ``tower_flops_*``: those of the vision tower's blocks, where a strategy acts
+    before or inside it, and ``tower_ms`` what choosing took there; else 0. ``encoded_again``: how
     many images and videos of earlier turns the vision tower had to read again, because the inputs
     do not say which pixels are theirs.
     """
@@ -64,6 +65,9 @@ class Report(BaseModel):
     flops_formula: str = FLOPS_FORMULA
     kv_cache_bytes_before: int
     kv_cache_bytes_after: int
+    tower_flops_before: int = 0
+    tower_flops_after: int = 0
+    tower_ms: float = 0.0
     encode_ms: float = 0.0
     plan_ms: float = 0.0
     realign_ms: float = 0.0
@@ -127,9 +131,14 @@ class Report(BaseModel):
                 f"{item.frame_tokens_before} per frame: {frames}"
                 + (f" ({item.reason})" if item.reason else "")
             )
-        read = [x.tokens_before if x.tower_tokens is None else x.tower_tokens for x in self.items]
-        if sum(read) < self.tokens_before:
-            lines.insert(1, f"tower         {self.tokens_before} -> {sum(read)} tokens")
+        read = [item.tower_tokens for item in self.items if item.tower_tokens is not None]
+        if read:
+            saved = flops(self.tower_flops_before), flops(self.tower_flops_after)
+            lines.insert(
+                1,
+                f"vision tower  {by_layer(list(zip(*read, strict=True)), 'block')} tokens, "
+                f"{' -> '.join(saved)}, chosen in {self.tower_ms:.1f} ms",
+            )
         if self.layer_tokens is not None:
             at = next(i for i, line in enumerate(lines) if line.startswith("prompt"))
             lines.insert(
@@ -150,7 +159,7 @@ class Report(BaseModel):
         return "\n".join(lines)
 
 
-def by_layer(tokens: Sequence[Sequence[int]]) -> str:
+def by_layer(tokens: Sequence[Sequence[int]], noun: str = "layer") -> str:
     """Tokens of each layer for people, ``layers 0-1: 288, 2-31: 144``; all rows together."""
     parts, start = [], 0
     sums = [sum(layer) for layer in tokens]
@@ -159,7 +168,7 @@ def by_layer(tokens: Sequence[Sequence[int]]) -> str:
             span = str(start) if layer - 1 == start else f"{start}-{layer - 1}"
             parts.append(f"{span}: {sums[start]}")
             start = layer
-    return f"layer{'s' if len(sums) > 1 else ''} {', '.join(parts)}"
+    return f"{noun}{'s' if len(sums) > 1 else ''} {', '.join(parts)}"
 
 
 def _lengths(lengths: Sequence[int]) -> str:

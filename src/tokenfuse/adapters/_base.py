@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tokenfuse.adapters import _spans as layout
 from tokenfuse.adapters._saliency import QueriesKeys, listen
 from tokenfuse.adapters._spans import Span, flat
+from tokenfuse.adapters._tower import TowerCosts, TowerStage
 from tokenfuse.errors import PromptError, UnsupportedModelError
 from tokenfuse.plan import DROPPED, FusionPlan
 from tokenfuse.prompt.cache import CACHES
@@ -30,7 +31,7 @@ from tokenfuse.prompt.inputs import MODALITIES, PIXELS, Prompt
 from tokenfuse.prompt.realign import Positions
 from tokenfuse.prompt.text import Place, mismatch, prompt_texts
 from tokenfuse.prompt.turn import Turn
-from tokenfuse.strategies._base import Attention, Need, Needs
+from tokenfuse.strategies._base import Attention, Need, Needs, Strategy
 from tokenfuse.strategies._tower import PixelTokens
 from tokenfuse.tokens import Modality, VisualTokens
 
@@ -48,8 +49,9 @@ class Encoded:
     ``kind``: what the items are; an image-only model's images may be the frames of videos.
     ``spans``: where the tokens of each item are among the tower's features. ``places``: where
     each item begins and ends in the prompt. ``again``: how many items the tower has read that an
-    earlier turn had read already; they are not among the others. ``cut``: for each item, which of
-    its tokens the tower has read; those alone are in ``items``. None for all.
+    earlier turn had read already; they are not among the others. ``cut``: for each item, what has
+    become of its tokens before and inside the tower; what is left is in ``items``. None for all.
+    ``costs``: what the tower has read then.
     """
 
     modality: Modality
@@ -60,6 +62,7 @@ class Encoded:
     places: list[tuple[Place, Place]]
     again: int = 0
     cut: list[FusionPlan] | None = None
+    costs: TowerCosts | None = None
 
     def keep_mask(self, plans: Sequence[FusionPlan]) -> Tensor:
         """Which of the tower's features stay, ``(n,)``: the plans' survivors, and all others."""
@@ -98,8 +101,7 @@ class _Tower(NamedTuple):
     """What the vision tower made of one modality: ``features (n, D)``, and ``saliency (N,)``.
 
     ``places``: where each span begins and ends in the prompt. ``again``: how many spans were left
-    out because an earlier turn has read them. ``cut``: for each span, which of its tokens the tower
-    has read, None for all.
+    out because an earlier turn has read them. ``cut``, ``costs``: as in Encoded, for each span.
     """
 
     modality: Modality
@@ -111,6 +113,7 @@ class _Tower(NamedTuple):
     places: list[tuple[Place, Place]]
     again: int = 0
     cut: list[FusionPlan] | None = None
+    costs: TowerCosts | None = None
 
     def since(self, column: int) -> _Tower:
         """The same without what stands before a column."""
@@ -136,6 +139,9 @@ class _Tower(NamedTuple):
             places=[self.places[i] for i in new],
             again=len(self.spans) - len(new),
             cut=None if self.cut is None else [self.cut[i] for i in new],
+            costs=None
+            if self.costs is None
+            else self.costs._replace(tokens=[self.costs.tokens[i] for i in new]),
         )
 
     def as_frames(self) -> _Tower:
@@ -169,7 +175,7 @@ class _Tower(NamedTuple):
         if self.cut is None:
             return whole
         return [
-            tokens.after(plan.survivors, plan.select(tokens.features))
+            tokens.after(plan.survivors, plan.fuse(tokens.features))
             for tokens, plan in zip(whole, self.cut, strict=True)
         ]
 
@@ -230,6 +236,8 @@ class Adapter(ModelAdapter):
     """Values of ``config.model_type`` of the models that the adapter fits."""
     towers: ClassVar[tuple[str, ...]] = ()
     """Values of ``config.vision_config.model_type`` that the adapter fits; any tower if empty."""
+    cuts_tower: ClassVar[Literal["tokens", "frames"] | None] = None
+    """What the vision tower can leave out: visual tokens, or whole frames of a video only."""
 
     @classmethod
     def matches(cls, model: Any) -> bool:
@@ -303,25 +311,25 @@ class Adapter(ModelAdapter):
             return layout.from_video_pixels(entries, pixels, vision, newline)
         return layout.from_pixels(entries, pixels, vision, newline, inputs.get("image_sizes"))
 
-    @property
-    def cuts_tower(self) -> bool:
-        """Whether the vision tower can read some of its patches only."""
-        return type(self).shorter_tower is not Adapter.shorter_tower
+    def tower_stage(
+        self, inputs: Mapping[str, Any], modality: Modality, strategy: Strategy
+    ) -> TowerStage:
+        """What a strategy does before and inside the tower for the items of a modality.
+
+        For adapters that say by ``cuts_tower`` what their tower can leave out.
+        """
+        raise NotImplementedError
 
     def pixels(self, inputs: Mapping[str, Any], modality: Modality) -> list[PixelTokens]:
         """The items of a modality as the tower is about to read them, in prompt order.
 
-        For adapters that override ``shorter_tower``.
+        For adapters whose tower can leave out ``"tokens"``.
         """
         raise NotImplementedError
 
-    def shorter_tower(
-        self, inputs: Mapping[str, Any], modality: Modality, keep: Tensor
-    ) -> AbstractContextManager[None]:
-        """Let the tower read the visual tokens that ``keep (N,)`` marks only, inside the block.
-
-        Features of the others are zeros. By default no tower can.
-        """
+    @property
+    def tower_blocks(self) -> Sequence[nn.Module]:
+        """The blocks of a tower that can leave something out, the first one first."""
         raise NotImplementedError
 
     def check(self, prompt: Prompt, modality: Modality) -> None:
@@ -374,14 +382,14 @@ class Adapter(ModelAdapter):
         needs: Mapping[Modality, Needs] | None = None,
         frames_as_images: bool = False,
         after: Turn | None = None,
-        tower_plan: Callable[[PixelTokens], FusionPlan] | None = None,
+        strategy: Strategy | None = None,
     ) -> list[Encoded]:
         """Run the vision tower once per modality and return every item as ``VisualTokens``.
 
         ``needs`` says which saliency and whether the prompt's text come with images and videos;
         ``frames_as_images`` whether the images of a prompt are the frames of one video. ``after``:
         what a cache has read of the prompt. Its items are not returned, nor encoded where the
-        inputs say which pixels are theirs.
+        inputs say which pixels are theirs. ``strategy``: what acts before or inside the tower.
 
         Raises PromptError where features and inputs do not agree, TokensError on NaN or Inf (one
         host synchronisation per item), ConfigError where the model has no such vision block,
@@ -392,14 +400,24 @@ class Adapter(ModelAdapter):
             tower
             for modality in prompt.shows
             if (
-                tower := self._tower(prompt, modality, needs, frames_as_images, since, tower_plan)
+                tower := self._tower(prompt, modality, needs, frames_as_images, since, strategy)
             ).spans
         ]
         texts: dict[int, Tensor] = {}
         if any(needs.get(tower.kind, Needs()).text for tower in towers):
             texts = self._texts(prompt, towers, after)
         return [
-            Encoded(x.modality, x.output, x.items(texts), x.kind, x.spans, x.places, x.again, x.cut)
+            Encoded(
+                x.modality,
+                x.output,
+                x.items(texts),
+                x.kind,
+                x.spans,
+                x.places,
+                x.again,
+                x.cut,
+                x.costs,
+            )
             for x in towers
         ]
 
@@ -410,7 +428,7 @@ class Adapter(ModelAdapter):
         needs: Mapping[Modality, Needs],
         frames_as_images: bool,
         since: int,
-        tower_plan: Callable[[PixelTokens], FusionPlan] | None,
+        strategy: Strategy | None,
     ) -> _Tower:
         """What the vision tower makes of the items of a modality from column ``since`` on."""
         self.check(prompt, modality)
@@ -426,23 +444,27 @@ class Adapter(ModelAdapter):
                 return _Tower(modality, kind, None, prompt.ids.new_empty(0, 0), [], None, [])
             inputs = {**inputs, **self.pixels_of(inputs, modality, new)}
         attention = needs.get(kind, Needs()).attention
-        cut: list[FusionPlan] | None = None
-        shorter: AbstractContextManager[None] = nullcontext()
-        if tower_plan is not None:
+        stage: TowerStage | None = None
+        running: AbstractContextManager[None] = nullcontext()
+        if strategy is not None and (self.cuts_tower == "tokens" or modality == "video"):
             if frames:
                 raise PromptError(
                     "images are shown as the frames of a video, and the strategy acts before the "
-                    "vision tower, which reads them one by one; expected frames_as_images=False, "
-                    "or a strategy that acts behind the tower"
+                    "LLM, in the vision tower, which reads them one by one; expected "
+                    "frames_as_images=False, or a strategy that acts behind the tower"
                 )
-            cut = [tower_plan(pixels) for pixels in self.pixels(inputs, modality)]
-            keep = torch.cat([plan.keep_mask for plan in cut])
-            if not all(plan.is_identity for plan in cut):
-                shorter = self.shorter_tower(inputs, modality, keep)
-        with self.listen(attention, modality) as heard, shorter:
+            stage = self.tower_stage(inputs, modality, strategy)
+            if strategy.acts_before_tower:
+                stage.before(self.pixels(inputs, modality))
+            if stage.acts:
+                running = stage.running()
+        with self.listen(attention, modality) as heard, running:
             output = self._encode(inputs, modality)
         saliency = None
         if attention is not None:
+            if stage is not None and stage.acts:
+                block = attention.block % len(stage.blocks)
+                heard = [stage.spread(torch.cat(list(heard)), block)]
             saliency = self._saliency(heard, attention.block, inputs, modality)
         entries = [flat([entry]) for entry in output.pooler_output]
         features = flat(entries)
@@ -452,7 +474,9 @@ class Adapter(ModelAdapter):
         layout.check_spans(spans, len(features), modality)
         sizes = [span.size for span in spans]
         places = prompt.places(modality, sizes, since if counts is not None else 0)
-        tower = _Tower(modality, kind, output, features, spans, saliency, places, 0, cut)
+        cut = None if stage is None else stage.plans
+        costs = None if stage is None or not stage.acts else stage.costs()
+        tower = _Tower(modality, kind, output, features, spans, saliency, places, 0, cut, costs)
         if since and counts is None:
             tower = tower.since(since)
         return tower.as_frames() if frames else tower

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from math import prod
 from typing import Any, ClassVar
 
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 
 from tokenfuse.adapters._base import Adapter
 from tokenfuse.adapters._saliency import QueriesKeys
-from tokenfuse.adapters._tower import packed_tower
+from tokenfuse.adapters._tower import PackedStage
 from tokenfuse.prompt.inputs import PIXELS
+from tokenfuse.strategies._base import Strategy
 from tokenfuse.strategies._tower import PixelTokens
 from tokenfuse.tokens import Modality
 
@@ -32,6 +32,7 @@ class Packed(Adapter):
 class QwenPacked(Packed):
     """A tower of Qwen's, whose blocks take any number of patches."""
 
+    cuts_tower = "tokens"
     pixel_scale: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     """Standard deviations by which the family's processor divides pixels."""
 
@@ -47,11 +48,15 @@ class QwenPacked(Packed):
         parts = tokens.split([prod(size) for size in sizes])
         return [PixelTokens(x, size, scale) for x, size in zip(parts, sizes, strict=True)]
 
-    def shorter_tower(
-        self, inputs: Mapping[str, Any], modality: Modality, keep: Tensor
-    ) -> AbstractContextManager[None]:
+    @property
+    def tower_blocks(self) -> Sequence[nn.Module]:
+        return list(self.model.base_model.visual.blocks)
+
+    def tower_stage(
+        self, inputs: Mapping[str, Any], modality: Modality, strategy: Strategy
+    ) -> PackedStage:
         grid = inputs[f"{modality}_grid_thw"]
-        return packed_tower(self.model.base_model.visual, grid, keep)
+        return PackedStage(self.model.base_model.visual, grid, strategy)
 
 
 def packed_frames(

@@ -1,83 +1,470 @@
-"""Vision towers that read some of their patches only."""
+"""Vision towers that read fewer patches or frames, from their first block or a later one on.
+
+Nothing in the tower is changed: hooks on its blocks hand them less, and what comes out stands in
+its place among as many features as the model expects.
+"""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 
 from tokenfuse.adapters._hooks import Hook
+from tokenfuse.adapters._sized import SizedAttention
+from tokenfuse.costs import Stopwatch
+from tokenfuse.errors import ConfigError, PlanError, UnsupportedModelError
+from tokenfuse.ops.precision import outside_autocast
+from tokenfuse.plan import FusionPlan
+from tokenfuse.strategies._base import Strategy
+from tokenfuse.strategies._tower import PixelTokens, TowerCut, TowerTokens, drops_only, merged
+from tokenfuse.tokens import Grid, grid_coords
 
 
-@contextmanager
-def packed_tower(tower: Any, grid: Tensor, keep: Bool[Tensor, " N"]) -> Iterator[None]:
-    """Let a tower of Qwen's kind read the visual tokens of ``keep`` only, inside the block.
+class TowerCosts(NamedTuple):
+    """What a tower has read of the items of one call.
 
-    ``grid (items, 3)``: as the tower gets it. Blocks get fewer patches, with their own rotary
-    positions, in shorter sequences; what the mergers make stands in its place among zeros, so that
-    the tower and the model find as many features as they expect. Calls in other threads are left
-    alone.
+    ``tokens``: by item and block. ``flops_before``, ``flops_after``: multiply-adds of all blocks.
+    ``choose_ms``: what choosing took.
     """
-    group, merge = tower.spatial_merge_size**2, tower.spatial_merge_size
-    order = None
-    if hasattr(tower, "fullatt_block_indexes"):
-        # Windows follow each other in the tower.
-        find = sys.modules[type(tower).__module__].get_vision_window_index
-        order = find(grid, merge, tower.window_size, tower.patch_size)[0].to(keep.device)
-    here = keep if order is None else keep[order]
-    kept = here.nonzero().flatten()
-    patches = (kept[:, None] * group + torch.arange(group, device=kept.device)).flatten()
-    counts = torch.cat([here.new_zeros(1, dtype=torch.long), here.long().cumsum(0) * group])
-    thread = threading.get_ident()
-    made: dict[int, tuple[Any, Any]] = {}
 
-    def shorter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != thread:
+    tokens: list[list[int]]
+    flops_before: int
+    flops_after: int
+    choose_ms: float
+
+
+class TowerStage(ABC):
+    """What a strategy does before and inside the tower, in one call of it.
+
+    ``plans``: the plan of each item, for all of its tokens, as soon as the tower has run.
+    """
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        blocks: Sequence[nn.Module],
+        grids: Sequence[Grid],
+        strategy: Strategy,
+        device: torch.device,
+    ) -> None:
+        self.tower, self.blocks, self.grids, self.strategy = tower, blocks, grids, strategy
+        self.cuts = {cut.block: cut for cut in tower_cuts(strategy, len(blocks))}
+        self.plans = [FusionPlan.identity(prod(grid), device) for grid in grids]
+        self.watch = Stopwatch(device)
+        self._thread = threading.get_ident()
+        self._counts: list[list[int]] = []
+        self._squares: list[tuple[Tensor | int, Tensor | int]] = []
+        self._patches: list[tuple[int, int]] = []
+
+    @property
+    def acts(self) -> bool:
+        """Whether the tower has to be hooked at all."""
+        return bool(self.cuts) or not all(plan.is_identity for plan in self.plans)
+
+    def before(self, pixels: Sequence[PixelTokens]) -> None:
+        """Ask for the plans before the tower, and hold them against what they have to be."""
+        name = self.strategy.name
+        self.watch.lap()
+        for i, item in enumerate(pixels):
+            with outside_autocast(item.pixels.device):
+                found = self.strategy.tower_plan(item)
+            if found is not None:
+                _check(found, item.num_tokens, name)
+                self.plans[i] = drops_only(found, name)
+        self.watch.lap()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let the tower run under its hooks inside the block. Other threads are left alone.
+
+        Raises UnsupportedModelError where it ran without them.
+        """
+        repeated = any(getattr(m, "gradient_checkpointing", False) for m in self.tower.modules())
+        if self.tower.training and repeated:
+            raise UnsupportedModelError(
+                f"strategy {self.strategy.name} acts inside the vision tower in the forward pass "
+                "only, and gradient checkpointing repeats it in the backward pass: switch that "
+                "off, or act behind the tower"
+            )
+        with ExitStack() as hooks:
+            self._place(hooks)
+            yield
+        if len(self._counts) != len(self.blocks):
+            raise UnsupportedModelError(
+                f"{len(self._counts)} of {len(self.blocks)} blocks of a "
+                f"{type(self.tower).__name__} ran under their hooks, so that strategy "
+                f"{self.strategy.name} had no effect; expected a tower that was not compiled "
+                "before: call torch.compiler.reset(), and compile behind the first prompt"
+            )
+
+    def costs(self) -> TowerCosts:
+        """What it has cost. One host synchronisation."""
+        weights = [
+            sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in self.blocks
+        ]
+        squares = torch.tensor([0, 0])
+        flops = [0, 0]
+        width = self._width
+        pairs = [torch.stack([torch.as_tensor(x) for x in pair]) for pair in self._squares]
+        if pairs:
+            squares = torch.stack([pair.to(pairs[0].device) for pair in pairs]).sum(0)
+        for each, patches in zip(weights, self._patches, strict=True):
+            for i, count in enumerate(patches):
+                flops[i] += each * count
+        before, after = (
+            total + 2 * width * square
+            for total, square in zip(flops, squares.tolist(), strict=True)
+        )
+        by_item = [list(counts) for counts in zip(*self._counts, strict=True)]
+        return TowerCosts(by_item, before, after, sum(self.watch.read()[1::2]))
+
+    @property
+    @abstractmethod
+    def _width(self) -> int:
+        """Of the queries and keys of all heads together."""
+
+    @abstractmethod
+    def _place(self, hooks: ExitStack) -> None:
+        """Register the hooks; ``hooks`` removes them."""
+
+    @abstractmethod
+    def spread(self, values: Tensor, block: int) -> Tensor:
+        """What one block has made of its tokens, for all tokens, in the tower's order."""
+
+    def _here(self) -> bool:
+        return threading.get_ident() == self._thread
+
+    def _note(self, number: int, patches: tuple[int, int], squares: tuple[Any, Any]) -> None:
+        """A block is about to run. What is given is for all, and for what is left."""
+        if number != len(self._counts):
+            raise UnsupportedModelError(
+                f"block {number} of a {type(self.tower).__name__} ran after "
+                f"{len(self._counts)} blocks; expected each once, in order: strategy "
+                f"{self.strategy.name} cannot act inside this tower"
+            )
+        self._counts.append([plan.num_kept for plan in self.plans])
+        self._patches.append(patches)
+        self._squares.append(squares)
+
+    def _ask(self, cut: TowerCut, tokens: TowerTokens) -> FusionPlan | None:
+        """The plan of a cut, held against what it has to be; None for all."""
+        with outside_autocast(tokens.states.device):
+            plan = cut.plan(tokens)
+        if plan is None:
             return None
-        states = args[0] if args else kwargs["hidden_states"]
-        if states.shape[0] == len(here) * group:
-            states = states[patches]
-        # All blocks of a kind get the same tensors.
-        changed = {name: _once(made, name, value, cut) for name, value in kwargs.items()}
+        _check(plan, tokens.num_tokens, self.strategy.name)
+        return None if plan.num_kept == plan.num_source else plan
+
+
+class PackedStage(TowerStage):
+    """In a tower of Qwen's kind, whose blocks take any number of patches of all items in a row.
+
+    ``grid (items, 3)``: as the tower gets it.
+    """
+
+    def __init__(self, tower: Any, grid: Tensor, strategy: Strategy) -> None:
+        merge: int = tower.spatial_merge_size
+        self.group = merge**2
+        grids = [(t, h // merge, w // merge) for t, h, w in grid.tolist()]
+        super().__init__(tower, list(tower.blocks), grids, strategy, grid.device)
+        total = sum(map(prod, grids))
+        self.order = torch.arange(total, device=grid.device)
+        if hasattr(tower, "fullatt_block_indexes"):
+            # Windows follow each other in the tower.
+            find = sys.modules[type(tower).__module__].get_vision_window_index
+            order = find(grid, merge, tower.window_size, tower.patch_size)[0]
+            self.order = order.to(grid.device)
+        self.keys: Tensor | None = None
+        self.sized: SizedAttention | None = None
+        self._made: dict[int, tuple[Any, Any]] = {}
+        self._states: list[tuple[Tensor, Tensor]] = []
+        """By block: which places of the tower's order it reads, and where all are among those."""
+
+    @property
+    def _width(self) -> int:
+        attention: Any = self.blocks[0].attn
+        return int(attention.qkv.weight.shape[0]) // 3
+
+    def _place(self, hooks: ExitStack) -> None:
+        self._arrange()
+        if any(cut.proportional for cut in self.cuts.values()):
+            self.sized = SizedAttention()
+            for block in self.blocks:
+                self.sized.place(block.attn, hooks, self._here)
+        for number, block in enumerate(self.blocks):
+
+            def enter(module: nn.Module, args: Any, kwargs: Any, number: int = number) -> Any:
+                return self._enter(number, args, kwargs) if self._here() else None
+
+            placed = Hook(enter, with_kwargs=True)
+            hooks.enter_context(block.register_forward_pre_hook(placed, with_kwargs=True))
+            if number + 1 in self.cuts and self.cuts[number + 1].keys:
+                attention: Any = block.attn
+                hooks.enter_context(
+                    attention.qkv.register_forward_hook(
+                        Hook(
+                            lambda module, args, output, heads=attention.num_heads: self._hear(
+                                output, heads
+                            )
+                        )
+                    )
+                )
+        for merger in (self.tower.merger, *getattr(self.tower, "deepstack_merger_list", ())):
+            hooks.enter_context(merger.register_forward_hook(Hook(self._whole)))
+
+    def _hear(self, output: Tensor, heads: int) -> None:
+        if self._here():
+            self.keys = output.unflatten(-1, (3, heads, -1))[:, 1].mean(1)
+
+    def _arrange(self) -> None:
+        """Note which places of the tower's order are left."""
+        kept, target, begin = [], [], 0
+        slots = 0
+        for plan in self.plans:
+            kept.append(plan.survivors + begin)
+            target.append(torch.where(plan.target < 0, plan.target, plan.target + slots))
+            begin, slots = begin + plan.num_source, slots + plan.num_kept
+        survivors, slot_of = torch.cat(kept), torch.cat(target)
+        mask = torch.zeros_like(slot_of, dtype=torch.bool).index_fill(0, survivors, True)
+        # Of all places in the tower's order: the slot that each belongs to, in the grid's order.
+        slot_there = slot_of[self.order]
+        self.places = mask[self.order].nonzero().flatten()
+        # The slots in the tower's order, and back.
+        self.slots = slot_there[self.places]
+        self.back = self.slots.argsort()
+        moved = self.back[slot_there.clamp_min(0)]
+        self.target = torch.where(slot_there < 0, slot_there, moved)
+        offsets = torch.arange(self.group, device=self.places.device)
+        self.patches = (self.places[:, None] * self.group + offsets).flatten()
+        left = torch.zeros_like(mask, dtype=torch.long).index_fill(0, self.places, 1)
+        self.ends = torch.cat([left.new_zeros(1), left.cumsum(0) * self.group])
+        self._made.clear()
+
+    def _enter(self, number: int, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Before a block: cut, and give it what is left."""
+        states: Tensor = args[0] if args else kwargs["hidden_states"]
+        if number == 0 and states.shape[0] != len(self.patches):
+            states = states[self.patches]
+        if number in self.cuts:
+            states = self._cut(self.cuts[number], states)
+        lengths = kwargs["cu_seqlens"]
+        changed = {name: self._short(name, value) for name, value in kwargs.items()}
+        squares = tuple((x.diff().double() ** 2).sum() for x in (lengths, changed["cu_seqlens"]))
+        self._note(number, (len(self.order) * self.group, len(states)), squares)
+        self._states.append((self.places, self.target))
         if args:
             return (states, *args[1:]), changed
         return args, {**changed, "hidden_states": states}
 
-    def cut(name: str, value: Any) -> Any:
+    def _short(self, name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor | tuple) and name != "max_seqlen":
+            return value
+        if len(self.patches) == len(self.order) * self.group:
+            return value
+        # All blocks of a kind get the same tensors.
+        if id(value) not in self._made:
+            self._made[id(value)] = (value, self._cut_argument(name, value))
+        return self._made[id(value)][1]
+
+    def _cut_argument(self, name: str, value: Any) -> Any:
         if name == "cu_seqlens":
-            ends = counts[value.long() // group].to(value.dtype)
+            ends = self.ends[value.long() // self.group].to(value.dtype)
             # A frame, or a window, of which nothing is left is none.
             return torch.unique_consecutive(ends)
-        if name == "max_seqlen" and value is not None:
+        if name == "max_seqlen":
             return None
         if isinstance(value, tuple):
-            return tuple(x[patches] for x in value)
+            return tuple(x[self.patches] for x in value)
         return value
 
-    def whole(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if threading.get_ident() != thread or output.shape[0] != len(kept):
+    def _cut(self, cut: TowerCut, states: Tensor) -> Tensor:
+        """What is left of the states at a cut, in the tower's order."""
+        self.watch.lap()
+        rows = states.unflatten(0, (-1, self.group))[self.back]
+        keys = None if self.keys is None else self.keys.unflatten(0, (-1, self.group))[self.back]
+        self.keys = None
+        counts = [plan.num_kept for plan in self.plans]
+        parts: list[Tensor] = []
+        changed = False
+        for i, part in enumerate(rows.split(counts)):
+            own = None if keys is None else keys.split(counts)[i]
+            plan = self._plan(cut, i, part, own)
+            if plan is None:
+                parts.append(part)
+                continue
+            changed = True
+            parts.append(merged(plan, part, self.plans[i].sizes))
+            self.plans[i] = self.plans[i].compose(plan)
+        if not changed:
+            self.watch.lap()
+            return states
+        self._arrange()
+        if self.sized is not None and (cut.proportional or self.sized.sizes is not None):
+            sizes = torch.cat([plan.sizes for plan in self.plans])[self.slots]
+            self.sized.sizes = sizes.repeat_interleave(self.group)
+        self.watch.lap()
+        return torch.cat(parts)[self.slots].flatten(0, 1)
+
+    def _plan(
+        self, cut: TowerCut, item: int, states: Tensor, keys: Tensor | None
+    ) -> FusionPlan | None:
+        """The plan of one item for its tokens that are left; None for all."""
+        now, grid = self.plans[item], self.grids[item]
+        coords = grid_coords(grid, states.device)[now.survivors]
+        view = TowerTokens(states, coords, now.sizes, grid, cut.block, len(self.blocks), keys=keys)
+        if not cut.frames:
+            return self._ask(cut, view)
+        place = grid[1] * grid[2]
+        if grid[0] == 1 or len(states) % place:
             return None
-        return output.new_zeros(len(here), output.shape[-1]).index_copy(0, kept, output)
+        frames = len(states) // place
+        view = TowerTokens(
+            states.unflatten(0, (frames, place)).flatten(1, 2),
+            coords[::place] * coords.new_tensor([1, 0, 0]),
+            now.sizes[::place],
+            grid,
+            cut.block,
+            len(self.blocks),
+            frames=True,
+        )
+        plan = self._ask(cut, view)
+        return None if plan is None else of_frames(plan, place)
 
-    with ExitStack() as hooks:
-        for block in tower.blocks:
-            hooks.enter_context(
-                block.register_forward_pre_hook(Hook(shorter, with_kwargs=True), with_kwargs=True)
+    def _whole(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if not self._here() or len(self.places) == len(self.order):
+            return None
+        return FusionPlan(self.places, self.target).expand(output)
+
+    def spread(self, values: Tensor, block: int) -> Tensor:
+        return FusionPlan(*self._states[block]).expand(values)
+
+
+class FrameStage(TowerStage):
+    """In a tower that reads frames of one length, ``(frames, P, D)``: whole frames go.
+
+    Between blocks there are as many frames as ever; those that were merged are alike.
+    """
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        blocks: Sequence[nn.Module],
+        grids: Sequence[Grid],
+        strategy: Strategy,
+        device: torch.device,
+    ) -> None:
+        super().__init__(tower, blocks, grids, strategy, device)
+        self.frames = [FusionPlan.identity(grid[0], device) for grid in grids]
+        self._at: list[FusionPlan] = []
+
+    @property
+    def _width(self) -> int:
+        attention: Any = self.blocks[0].self_attn
+        return int(attention.q_proj.weight.shape[0])
+
+    @property
+    def now(self) -> FusionPlan:
+        """The plan for the frames of all items together."""
+        kept, target, begin, slots = [], [], 0, 0
+        for plan in self.frames:
+            kept.append(plan.survivors + begin)
+            target.append(torch.where(plan.target < 0, plan.target, plan.target + slots))
+            begin, slots = begin + plan.num_source, slots + plan.num_kept
+        return FusionPlan(torch.cat(kept), torch.cat(target))
+
+    def _place(self, hooks: ExitStack) -> None:
+        self.whole = self.now
+        for number, block in enumerate(self.blocks):
+
+            def enter(module: nn.Module, args: Any, kwargs: Any, number: int = number) -> Any:
+                return self._enter(number, args, kwargs) if self._here() else None
+
+            def leave(module: nn.Module, args: Any, output: Any) -> Any:
+                return self._leave(output) if self._here() else None
+
+            placed = Hook(enter, with_kwargs=True)
+            hooks.enter_context(block.register_forward_pre_hook(placed, with_kwargs=True))
+            # Before other hooks, which expect what the block returns.
+            hooks.enter_context(block.register_forward_hook(Hook(leave), prepend=True))
+
+    def _enter(self, number: int, args: Any, kwargs: dict[str, Any]) -> Any:
+        states: Tensor = args[0] if args else kwargs["hidden_states"]
+        whole, length = states.shape[:2]
+        short = self.whole.select(states)
+        if number in self.cuts:
+            short = self._cut(self.cuts[number], short)
+        left = len(short)
+        self._note(number, (whole * length, left * length), (whole * length**2, left * length**2))
+        self._at.append(self.whole)
+        if args:
+            return (short, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": short}
+
+    def _leave(self, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (self.whole.expand(output[0]), *output[1:])
+        return self.whole.expand(output)
+
+    def _cut(self, cut: TowerCut, states: Tensor) -> Tensor:
+        self.watch.lap()
+        parts = []
+        for i, part in enumerate(states.split([plan.num_kept for plan in self.frames])):
+            grid, now = self.grids[i], self.frames[i]
+            coords = torch.zeros(now.num_kept, 3, dtype=torch.long, device=part.device)
+            coords[:, 0] = now.survivors
+            view = TowerTokens(
+                part, coords, now.sizes, grid, cut.block, len(self.blocks), frames=True
             )
-        for merger in (tower.merger, *getattr(tower, "deepstack_merger_list", ())):
-            hooks.enter_context(merger.register_forward_hook(Hook(whole)))
-        yield
+            plan = self._ask(cut, view) if grid[0] > 1 else None
+            if plan is not None:
+                part = merged(plan, part, now.sizes)
+                self.frames[i] = now.compose(plan)
+                self.plans[i] = of_frames(self.frames[i], grid[1] * grid[2])
+            parts.append(part)
+        self.whole = self.now
+        self.watch.lap()
+        return torch.cat(parts)
+
+    def spread(self, values: Tensor, block: int) -> Tensor:
+        plan = self._at[block]
+        return plan.expand(values.unflatten(0, (plan.num_kept, -1))).flatten(0, 1)
 
 
-def _once(made: dict[int, tuple[Any, Any]], name: str, value: Any, cut: Any) -> Any:
-    if not isinstance(value, Tensor | tuple) and name != "max_seqlen":
-        return value
-    if id(value) not in made:
-        made[id(value)] = (value, cut(name, value))
-    return made[id(value)][1]
+def tower_cuts(strategy: Strategy, blocks: int) -> tuple[TowerCut, ...]:
+    """The cuts of a strategy in a tower of so many blocks. Raises ConfigError for others."""
+    cuts = strategy.tower_cuts(blocks)
+    for cut in cuts:
+        if not 0 <= cut.block < blocks:
+            raise ConfigError(
+                f"strategy {strategy.name} acts at vision block {cut.block}; expected 0 to "
+                f"{blocks - 1}: the tower has {blocks}"
+            )
+    return cuts
+
+
+def of_frames(plan: FusionPlan, place: int) -> FusionPlan:
+    """A plan for frames as one for their tokens, ``place`` of each."""
+    offsets = torch.arange(place, device=plan.target.device)
+    survivors = (plan.survivors[:, None] * place + offsets).flatten()
+    target = plan.target[:, None] * place + offsets
+    target = torch.where(plan.target[:, None] < 0, plan.target[:, None], target)
+    return FusionPlan(survivors, target.flatten())
+
+
+def _check(plan: FusionPlan, n: int, name: str) -> None:
+    if not isinstance(plan, FusionPlan):
+        raise PlanError(
+            f"strategy {name} returned a {type(plan).__name__} as its plan; expected a FusionPlan"
+        )
+    try:
+        plan.check(n)
+    except PlanError as error:
+        raise PlanError(f"strategy {name}: {error}") from error

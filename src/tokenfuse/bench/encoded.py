@@ -8,6 +8,7 @@ from typing import Any
 from tokenfuse.adapters._base import Adapter, Encoded
 from tokenfuse.compression import (
     CompressedInputs,
+    acts_at_tower,
     compress_prompt,
     encode_prompt,
     needs_of,
@@ -29,7 +30,7 @@ class EncodedPrompt:
         """What the vision tower makes of the prompts for this configuration."""
         needs = needs_of(configuration.strategy)
         strategy = configuration.strategy
-        key = (frozenset(needs.items()), strategy if strategy.acts_before_tower else None)
+        key = (frozenset(needs.items()), strategy if acts_at_tower(strategy) else None)
         if key not in self._seen:
             self._seen[key] = encode_prompt(self.adapter, self.prompt, strategy)
         return self._seen[key]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tokenfuse.adapters._sized import with_kernel
 from tokenfuse.errors import UnsupportedModelError
 from tokenfuse.prompt.cache import CACHES, cache_of
 
@@ -59,18 +60,6 @@ def _register() -> None:
     ALL_ATTENTION_FUNCTIONS.register(NAME, _tell)
 
 
-class _Config:
-    """The config of an attention, but for which kernel it uses."""
-
-    _attn_implementation = NAME
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)
-
-
 @dataclass
 class HeardKeys:
     """A cache for one call of an attention: hands all on to the real one, and notes the keys."""
@@ -109,9 +98,7 @@ def given_rows(module: Any, call: Mapping[str, Any], row: int, places: Tensor | 
     some = {k: v for k, v in call.items() if k not in CACHES and k != "attention_mask"}
     for name, value in some.items():
         some[name] = chosen_places(name, value, (rows, width), row, places)
-    twin = object.__new__(type(module))
-    vars(twin).update(vars(module))
-    vars(twin)["config"] = _Config(module.config)
+    twin = with_kernel(module, NAME)
     try:
         type(module).forward(twin, **some, attention_mask=None)
     except _Given as given:

@@ -21,7 +21,7 @@ from tokenfuse.ops.select import budget, top
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._fields import KeepRatio, VisionBlock
 from tokenfuse.strategies._layers import CachePruning, LayerCut
-from tokenfuse.strategies._tower import PixelTokens
+from tokenfuse.strategies._tower import PixelTokens, TowerCut
 from tokenfuse.tokens import Grid, Modality, VisualTokens, describe_rows
 
 Stage = Literal["vit", "tower", "pre_llm", "llm"]
@@ -204,10 +204,19 @@ class Strategy(BaseModel, ABC):
         """The plan for one item before the vision tower reads it, which drops; None for all."""
         return None
 
+    def tower_cuts(self, blocks: int) -> tuple[TowerCut, ...]:
+        """What the strategy does inside a vision tower of so many blocks, in their order."""
+        return ()
+
     @property
     def acts_before_tower(self) -> bool:
         """Whether ``tower_plan`` says anything."""
         return type(self).tower_plan is not Strategy.tower_plan
+
+    @property
+    def acts_in_tower(self) -> bool:
+        """Whether ``tower_cuts`` says anything."""
+        return type(self).tower_cuts is not Strategy.tower_cuts
 
     def cuts(self) -> tuple[LayerCut, ...]:
         """What the strategy does inside the LLM, in ascending order of layers."""

@@ -26,8 +26,8 @@ def silent(strategy: Strategy) -> str | None:
     """What is said of a strategy that says nothing at its own stage; None where it does."""
     if strategy.stage == "llm" and not strategy.cuts() and strategy.cache_pruning() is None:
         expected = "has neither cuts nor cache_pruning; expected one of them"
-    elif strategy.stage == "tower" and not strategy.acts_before_tower:
-        expected = "has no tower_plan; expected one"
+    elif strategy.stage == "tower" and not (strategy.acts_before_tower or strategy.acts_in_tower):
+        expected = "has neither tower_plan nor tower_cuts; expected one of them"
     else:
         return None
     return f"{strategy.name} acts at stage {strategy.stage}, and {expected}"

@@ -14,7 +14,8 @@ def stages(cls: type[Strategy]) -> list[Stage]:
     found: list[Stage] = []
     if cls.stage == "vit" or issubclass(cls, VitStrategy):
         found.append("vit")
-    if cls.stage == "tower":
+    acts = (cls.tower_plan, cls.tower_cuts)
+    if cls.stage == "tower" or acts != (Strategy.tower_plan, Strategy.tower_cuts):
         found.append("tower")
     if cls.stage == "pre_llm":
         found.append("pre_llm")

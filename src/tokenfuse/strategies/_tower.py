@@ -1,14 +1,16 @@
-"""What a strategy sees and says before the vision tower."""
+"""What a strategy sees and says before and inside the vision tower."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokenfuse.errors import PlanError
 from tokenfuse.plan import FusionPlan
+from tokenfuse.strategies._layers import WeighedPlan
 from tokenfuse.tokens import Grid
 
 
@@ -30,9 +32,54 @@ class PixelTokens:
         return self.pixels.shape[0]
 
 
+@dataclass(frozen=True, eq=False)
+class TowerTokens:
+    """One image or video at the input of a block of the vision tower.
+
+    ``states (V, P, D)``: the hidden states of the ``P`` patches that each of the ``V`` tokens that
+    are left will be made of; of a cut of whole ``frames``, those of all patches of each frame that
+    is left. In the order of the ``grid``, whose places are ``coords (V, 3)``; of whole frames row
+    and column are 0. ``sizes (V,)``: how many tokens, or frames, each stands for. ``block`` of
+    ``num_blocks``: the one that is about to run. ``keys (V, P, d)``: those of the block before,
+    mean over heads, before any rotation, where a TowerCut asks for them.
+    """
+
+    states: Float[Tensor, "V P D"]
+    coords: Int[Tensor, "V 3"]
+    sizes: Int[Tensor, " V"]
+    grid: Grid
+    block: int
+    num_blocks: int
+    frames: bool = False
+    keys: Float[Tensor, "V P d"] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.states.shape[0]
+
+
+@dataclass(frozen=True)
+class TowerCut:
+    """What a strategy does at the input of one block of the vision tower.
+
+    ``plan``: the plan for what is left of an item there, or None for all. ``frames``: whether it
+    drops and merges whole frames, of videos alone. ``keys``: whether the plan reads those of the
+    block before. ``proportional``: whether attention weighs a token by the tokens that it stands
+    for from there on.
+
+    What is merged becomes the mean of all that it stands for, or that of a WeighedPlan.
+    """
+
+    block: int
+    plan: Callable[[TowerTokens], FusionPlan | None]
+    frames: bool = False
+    keys: bool = False
+    proportional: bool = False
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class TowerPlan(FusionPlan):
-    """What never enters the tower, and what goes behind it, as one plan.
+    """What goes before and inside the tower, and what goes behind it, as one plan.
 
     ``first``: the plan for all tokens. ``then``: the plan for those that it leaves.
     """
@@ -55,3 +102,16 @@ def drops_only(plan: FusionPlan, name: str) -> FusionPlan:
             "expected a plan that drops"
         )
     return plan
+
+
+def merged(
+    plan: FusionPlan, x: Float[Tensor, "V ..."], sizes: Int[Tensor, " V"]
+) -> Float[Tensor, "M ..."]:
+    """States after a plan: means weighted by ``sizes``, or as a WeighedPlan says."""
+    if plan.num_kept == plan.num_source:
+        return x
+    weighed = plan if isinstance(plan, WeighedPlan) else None
+    if weighed is None:
+        weighed = WeighedPlan(plan.survivors, plan.target, sizes.to(x.dtype).float())
+    rows: Tensor = weighed.mean(x.flatten(1)).unflatten(1, x.shape[1:])
+    return rows

@@ -68,9 +68,9 @@ class ByModality(Strategy):
     def _usable(cls, part: Strategy | None) -> Strategy | None:
         if part is not None:
             check_part(part)
-            if part.acts_before_tower:
+            if part.acts_before_tower or part.acts_in_tower:
                 raise ValueError(
-                    f"{part.name} reads pixels, before the vision tower; put it first in a chain, "
+                    f"{part.name} acts before or inside the vision tower; put it first in a chain, "
                     "or at the top"
                 )
             if part.cuts() or part.cache_pruning():

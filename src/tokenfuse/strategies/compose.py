@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
@@ -23,7 +24,7 @@ from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Needs, Strategy
 from tokenfuse.strategies._layers import CachePruning, LayerCut
 from tokenfuse.strategies._parts import PART, check_part, load_part
-from tokenfuse.strategies._tower import PixelTokens
+from tokenfuse.strategies._tower import PixelTokens, TowerCut
 from tokenfuse.tokens import Grid, Modality, VisualTokens
 
 MOST_STEPS = 64
@@ -93,13 +94,13 @@ class Compose(Strategy):
         late = next((step for step in steps[1:] if step.acts_before_tower), None)
         if late is not None:
             raise ValueError(f"{late.name} acts before the vision tower, so it can only come first")
-        kinds = [_before_llm(step) for step in steps if not step.acts_before_tower]
-        if kinds != sorted(kinds, reverse=True):
-            late = next(s for s in steps if not s.acts_before_tower and not _before_llm(s))
-            raise ValueError(
-                f"{late.name} acts inside the LLM, and a step that acts before it follows; "
-                "expected it behind that one"
-            )
+        for former, later in pairwise(steps):
+            last, next_ = max(_places(former)), min(_places(later))
+            if last > next_:
+                raise ValueError(
+                    f"{former.name} acts {PLACES[last]}, and {later.name} behind it acts "
+                    f"{PLACES[next_]}; expected them the other way round"
+                )
         for step in steps[1:]:
             if step.needs_grid:
                 raise ValueError(
@@ -140,6 +141,20 @@ class Compose(Strategy):
 
     def tower_plan(self, pixels: PixelTokens) -> FusionPlan | None:
         return self.compose[0].tower_plan(pixels)
+
+    @property
+    def acts_in_tower(self) -> bool:
+        return any(step.acts_in_tower for step in self.compose)
+
+    def tower_cuts(self, blocks: int) -> tuple[TowerCut, ...]:
+        cuts = tuple(cut for step in self.compose for cut in step.tower_cuts(blocks))
+        at = [cut.block for cut in cuts]
+        if at != sorted(set(at)):
+            raise ConfigError(
+                f"the steps of a chain act at vision blocks {at}, in this order; expected each "
+                "block once, rising"
+            )
+        return cuts
 
     @property
     def _before(self) -> list[Strategy]:
@@ -192,6 +207,20 @@ class Compose(Strategy):
     def matching_flops(self, grid: Grid, width: int) -> int:
         # What later steps cost depends on what the first leaves.
         return self.compose[0].matching_flops(grid, width)
+
+
+PLACES = ("before or inside the vision tower", "before the LLM", "inside the LLM")
+"""Where a step can act, in the order of a model."""
+
+
+def _places(step: Strategy) -> list[int]:
+    """The indices in PLACES of where a step acts."""
+    acts = (
+        step.acts_before_tower or step.acts_in_tower,
+        _before_llm(step),
+        bool(step.cuts()) or step.cache_pruning() is not None,
+    )
+    return [i for i, there in enumerate(acts) if there]
 
 
 def _before_llm(step: Strategy) -> bool:
