@@ -606,9 +606,7 @@ def _items(
                 hint=None if strategy is None else strategy.hint(tokens.grid),
             ),
         )
-        for i, (place, tokens, plan) in enumerate(
-            zip(part.places, part.items, plans, strict=True)
-        )
+        for i, (place, tokens, plan) in enumerate(zip(part.places, part.items, plans, strict=True))
     ]
 
 

@@ -236,8 +236,6 @@ class Adapter(ModelAdapter):
     """Values of ``config.model_type`` of the models that the adapter fits."""
     towers: ClassVar[tuple[str, ...]] = ()
     """Values of ``config.vision_config.model_type`` that the adapter fits; any tower if empty."""
-    cuts_tower: ClassVar[Literal["tokens", "frames"] | None] = None
-    """What the vision tower can leave out: visual tokens, or whole frames of a video only."""
 
     @classmethod
     def matches(cls, model: Any) -> bool:
@@ -310,6 +308,14 @@ class Adapter(ModelAdapter):
         if modality == "video":
             return layout.from_video_pixels(entries, pixels, vision, newline)
         return layout.from_pixels(entries, pixels, vision, newline, inputs.get("image_sizes"))
+
+    @property
+    def cuts_tower(self) -> Literal["tokens", "frames"] | None:
+        """What the vision tower can leave out: visual tokens, or whole frames of a video only.
+
+        None for neither.
+        """
+        return None
 
     def tower_stage(
         self, inputs: Mapping[str, Any], modality: Modality, strategy: Strategy
@@ -474,7 +480,7 @@ class Adapter(ModelAdapter):
         layout.check_spans(spans, len(features), modality)
         sizes = [span.size for span in spans]
         places = prompt.places(modality, sizes, since if counts is not None else 0)
-        cut = None if stage is None else stage.plans
+        cut = None if stage is None else stage.finish([span.grid for span in spans])
         costs = None if stage is None or not stage.acts else stage.costs()
         tower = _Tower(modality, kind, output, features, spans, saliency, places, 0, cut, costs)
         if since and counts is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,12 @@ class Packed(Adapter):
 class QwenPacked(Packed):
     """A tower of Qwen's, whose blocks take any number of patches."""
 
-    cuts_tower = "tokens"
     pixel_scale: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
     """Standard deviations by which the family's processor divides pixels."""
+
+    @property
+    def cuts_tower(self) -> Literal["tokens"]:
+        return "tokens"
 
     def pixels(self, inputs: Mapping[str, Any], modality: Modality) -> list[PixelTokens]:
         vision, grid = self.model.config.vision_config, inputs[f"{modality}_grid_thw"]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tokenfuse.adapters._hooks import Hook
 from tokenfuse.adapters._sized import SizedAttention
@@ -44,7 +45,7 @@ class TowerCosts(NamedTuple):
 class TowerStage(ABC):
     """What a strategy does before and inside the tower, in one call of it.
 
-    ``plans``: the plan of each item, for all of its tokens, as soon as the tower has run.
+    ``grids``: of the items. ``plans``: what has become of each so far.
     """
 
     def __init__(
@@ -126,6 +127,10 @@ class TowerStage(ABC):
         by_item = [list(counts) for counts in zip(*self._counts, strict=True)]
         return TowerCosts(by_item, before, after, sum(self.watch.read()[1::2]))
 
+    def finish(self, grids: Sequence[Grid]) -> list[FusionPlan]:
+        """The plan of each item for all of its tokens, whose ``grids`` are known by now."""
+        return self.plans
+
     @property
     @abstractmethod
     def _width(self) -> int:
@@ -153,6 +158,34 @@ class TowerStage(ABC):
         self._counts.append([plan.num_kept for plan in self.plans])
         self._patches.append(patches)
         self._squares.append(squares)
+
+    def _before(self, number: int, block: nn.Module) -> RemovableHandle:
+        """Hook the input of a block."""
+
+        def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return self._enter(number, args, kwargs) if self._here() else None
+
+        return block.register_forward_pre_hook(Hook(enter, with_kwargs=True), with_kwargs=True)
+
+    @abstractmethod
+    def _enter(self, number: int, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Before a block: cut, and give it what is left."""
+
+    def _plan_frames(
+        self, cut: TowerCut, item: int, states: Tensor, frames: Tensor, sizes: Tensor
+    ) -> FusionPlan | None:
+        """The plan for the frames of one item; None for all.
+
+        ``states (T, P, D)``: those of the ``frames (T,)`` that are left.
+        """
+        count = self.grids[item][0]
+        if count == 1:
+            return None
+        coords = frames[:, None] * frames.new_tensor([1, 0, 0])
+        view = TowerTokens(
+            states, coords, sizes, (count, 1, 1), cut.block, len(self.blocks), frames=True
+        )
+        return self._ask(cut, view)
 
     def _ask(self, cut: TowerCut, tokens: TowerTokens) -> FusionPlan | None:
         """The plan of a cut, held against what it has to be; None for all."""
@@ -200,12 +233,7 @@ class PackedStage(TowerStage):
             for block in self.blocks:
                 self.sized.place(block.attn, hooks, self._here)
         for number, block in enumerate(self.blocks):
-
-            def enter(module: nn.Module, args: Any, kwargs: Any, number: int = number) -> Any:
-                return self._enter(number, args, kwargs) if self._here() else None
-
-            placed = Hook(enter, with_kwargs=True)
-            hooks.enter_context(block.register_forward_pre_hook(placed, with_kwargs=True))
+            hooks.enter_context(self._before(number, block))
             if number + 1 in self.cuts and self.cuts[number + 1].keys:
                 attention: Any = block.attn
                 hooks.enter_context(
@@ -226,13 +254,8 @@ class PackedStage(TowerStage):
 
     def _arrange(self) -> None:
         """Note which places of the tower's order are left."""
-        kept, target, begin = [], [], 0
-        slots = 0
-        for plan in self.plans:
-            kept.append(plan.survivors + begin)
-            target.append(torch.where(plan.target < 0, plan.target, plan.target + slots))
-            begin, slots = begin + plan.num_source, slots + plan.num_kept
-        survivors, slot_of = torch.cat(kept), torch.cat(target)
+        whole = joined(self.plans)
+        survivors, slot_of = whole.survivors, whole.target
         mask = torch.zeros_like(slot_of, dtype=torch.bool).index_fill(0, survivors, True)
         # Of all places in the tower's order: the slot that each belongs to, in the grid's order.
         slot_there = slot_of[self.order]
@@ -249,7 +272,6 @@ class PackedStage(TowerStage):
         self._made.clear()
 
     def _enter(self, number: int, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Before a block: cut, and give it what is left."""
         states: Tensor = args[0] if args else kwargs["hidden_states"]
         if number == 0 and states.shape[0] != len(self.patches):
             states = states[self.patches]
@@ -319,23 +341,17 @@ class PackedStage(TowerStage):
         """The plan of one item for its tokens that are left; None for all."""
         now, grid = self.plans[item], self.grids[item]
         coords = grid_coords(grid, states.device)[now.survivors]
-        view = TowerTokens(states, coords, now.sizes, grid, cut.block, len(self.blocks), keys=keys)
         if not cut.frames:
-            return self._ask(cut, view)
+            size = (cut.block, len(self.blocks))
+            return self._ask(cut, TowerTokens(states, coords, now.sizes, grid, *size, keys=keys))
         place = grid[1] * grid[2]
-        if grid[0] == 1 or len(states) % place:
-            return None
-        frames = len(states) // place
-        view = TowerTokens(
-            states.unflatten(0, (frames, place)).flatten(1, 2),
-            coords[::place] * coords.new_tensor([1, 0, 0]),
-            now.sizes[::place],
-            grid,
-            cut.block,
-            len(self.blocks),
-            frames=True,
-        )
-        plan = self._ask(cut, view)
+        if len(states) % place:
+            raise PlanError(
+                f"strategy {self.strategy.name} merges whole frames at vision block {cut.block}, "
+                "and tokens went before it; expected nothing before it in the chain"
+            )
+        whole = states.unflatten(0, (-1, place)).flatten(1, 2)
+        plan = self._plan_frames(cut, item, whole, coords[::place, 0], now.sizes[::place])
         return None if plan is None else of_frames(plan, place)
 
     def _whole(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -350,19 +366,20 @@ class PackedStage(TowerStage):
 class FrameStage(TowerStage):
     """In a tower that reads frames of one length, ``(frames, P, D)``: whole frames go.
 
-    Between blocks there are as many frames as ever; those that were merged are alike.
+    Between blocks there are as many frames as ever; those that were merged are alike. ``frames``:
+    how many each item has. Its plans are for frames.
     """
 
     def __init__(
         self,
         tower: nn.Module,
         blocks: Sequence[nn.Module],
-        grids: Sequence[Grid],
+        frames: Sequence[int],
         strategy: Strategy,
         device: torch.device,
     ) -> None:
-        super().__init__(tower, blocks, grids, strategy, device)
-        self.frames = [FusionPlan.identity(grid[0], device) for grid in grids]
+        super().__init__(tower, blocks, [(count, 1, 1) for count in frames], strategy, device)
+        self.whole = joined(self.plans)
         self._at: list[FusionPlan] = []
 
     @property
@@ -370,28 +387,25 @@ class FrameStage(TowerStage):
         attention: Any = self.blocks[0].self_attn
         return int(attention.q_proj.weight.shape[0])
 
-    @property
-    def now(self) -> FusionPlan:
-        """The plan for the frames of all items together."""
-        kept, target, begin, slots = [], [], 0, 0
-        for plan in self.frames:
-            kept.append(plan.survivors + begin)
-            target.append(torch.where(plan.target < 0, plan.target, plan.target + slots))
-            begin, slots = begin + plan.num_source, slots + plan.num_kept
-        return FusionPlan(torch.cat(kept), torch.cat(target))
+    def finish(self, grids: Sequence[Grid]) -> list[FusionPlan]:
+        sizes = [h * w for _, h, w in grids]
+        self._counts = [
+            [count * size for count, size in zip(counts, sizes, strict=True)]
+            for counts in self._counts
+        ]
+        return [of_frames(plan, size) for plan, size in zip(self.plans, sizes, strict=True)]
+
+    def spread(self, values: Tensor, block: int) -> Tensor:
+        plan = self._at[block]
+        return plan.expand(values.unflatten(0, (plan.num_kept, -1))).flatten(0, 1)
 
     def _place(self, hooks: ExitStack) -> None:
-        self.whole = self.now
         for number, block in enumerate(self.blocks):
-
-            def enter(module: nn.Module, args: Any, kwargs: Any, number: int = number) -> Any:
-                return self._enter(number, args, kwargs) if self._here() else None
+            hooks.enter_context(self._before(number, block))
 
             def leave(module: nn.Module, args: Any, output: Any) -> Any:
                 return self._leave(output) if self._here() else None
 
-            placed = Hook(enter, with_kwargs=True)
-            hooks.enter_context(block.register_forward_pre_hook(placed, with_kwargs=True))
             # Before other hooks, which expect what the block returns.
             hooks.enter_context(block.register_forward_hook(Hook(leave), prepend=True))
 
@@ -416,26 +430,16 @@ class FrameStage(TowerStage):
     def _cut(self, cut: TowerCut, states: Tensor) -> Tensor:
         self.watch.lap()
         parts = []
-        for i, part in enumerate(states.split([plan.num_kept for plan in self.frames])):
-            grid, now = self.grids[i], self.frames[i]
-            coords = torch.zeros(now.num_kept, 3, dtype=torch.long, device=part.device)
-            coords[:, 0] = now.survivors
-            view = TowerTokens(
-                part, coords, now.sizes, grid, cut.block, len(self.blocks), frames=True
-            )
-            plan = self._ask(cut, view) if grid[0] > 1 else None
+        for i, part in enumerate(states.split([plan.num_kept for plan in self.plans])):
+            now = self.plans[i]
+            plan = self._plan_frames(cut, i, part, now.survivors, now.sizes)
             if plan is not None:
                 part = merged(plan, part, now.sizes)
-                self.frames[i] = now.compose(plan)
-                self.plans[i] = of_frames(self.frames[i], grid[1] * grid[2])
+                self.plans[i] = now.compose(plan)
             parts.append(part)
-        self.whole = self.now
+        self.whole = joined(self.plans)
         self.watch.lap()
         return torch.cat(parts)
-
-    def spread(self, values: Tensor, block: int) -> Tensor:
-        plan = self._at[block]
-        return plan.expand(values.unflatten(0, (plan.num_kept, -1))).flatten(0, 1)
 
 
 def tower_cuts(strategy: Strategy, blocks: int) -> tuple[TowerCut, ...]:
@@ -448,6 +452,16 @@ def tower_cuts(strategy: Strategy, blocks: int) -> tuple[TowerCut, ...]:
                 f"{blocks - 1}: the tower has {blocks}"
             )
     return cuts
+
+
+def joined(plans: Sequence[FusionPlan]) -> FusionPlan:
+    """The plans of several items as one, for all of their tokens one after the other."""
+    survivors, target, begin, slots = [], [], 0, 0
+    for plan in plans:
+        survivors.append(plan.survivors + begin)
+        target.append(torch.where(plan.target < 0, plan.target, plan.target + slots))
+        begin, slots = begin + plan.num_source, slots + plan.num_kept
+    return FusionPlan(torch.cat(survivors), torch.cat(target))
 
 
 def of_frames(plan: FusionPlan, place: int) -> FusionPlan:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from tokenfuse.adapters._anyres import AnyRes
+from tokenfuse.adapters._clip import FrameTower
 from tokenfuse.errors import PromptError
 
 
-class LlavaOnevision(AnyRes):
+class LlavaOnevision(FrameTower, AnyRes):
     """LLaVA-OneVision: tiles of one image, several images as they are; 1-D rope.
 
     Frames of a video, and tiles joined to many tokens, are interpolated, so that a token is no

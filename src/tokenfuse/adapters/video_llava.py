@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenfuse.adapters._spans import Span
 from tokenfuse.adapters.llava import Llava
@@ -36,9 +36,8 @@ class VideoLlava(Llava):
         videos, frames = inputs[PIXELS[modality]].shape[:2]
         return [Span((frames, self.side, self.side), per_frame=self.prefix)] * videos
 
-    def attention_modules(self, modality: Modality) -> Sequence[nn.Module]:
-        tower = getattr(self.model.base_model, f"{modality}_tower")
-        return [layer.self_attn for layer in tower.encoder.layers]
+    def tower(self, modality: Modality) -> Any:
+        return getattr(self.model.base_model, f"{modality}_tower")
 
     def placeholders(self, inputs: Mapping[str, Any], modality: Modality) -> Tensor:
         if inputs.get(FORMER) is not None:

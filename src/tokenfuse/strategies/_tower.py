@@ -38,8 +38,8 @@ class TowerTokens:
 
     ``states (V, P, D)``: the hidden states of the ``P`` patches that each of the ``V`` tokens that
     are left will be made of; of a cut of whole ``frames``, those of all patches of each frame that
-    is left. In the order of the ``grid``, whose places are ``coords (V, 3)``; of whole frames row
-    and column are 0. ``sizes (V,)``: how many tokens, or frames, each stands for. ``block`` of
+    is left. In the order of the ``grid``, ``(T, 1, 1)`` of whole frames, whose places are
+    ``coords (V, 3)``. ``sizes (V,)``: how many tokens, or frames, each stands for. ``block`` of
     ``num_blocks``: the one that is about to run. ``keys (V, P, d)``: those of the block before,
     mean over heads, before any rotation, where a TowerCut asks for them.
     """

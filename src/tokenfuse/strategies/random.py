@@ -8,18 +8,17 @@ import torch
 
 from tokenfuse.ops.select import top
 from tokenfuse.plan import FusionPlan
+from tokenfuse.strategies._anywhere import Anywhere
 from tokenfuse.strategies._fields import KeepRatio, Seed
-from tokenfuse.strategies._inside import PerhapsInside
-from tokenfuse.strategies._layers import LayerTokens
-from tokenfuse.tokens import VisualTokens
 
 
-class Random(PerhapsInside):
+class Random(Anywhere):
     """Keep tokens drawn at random without replacement and drop the rest.
 
     A control that is hard to beat at small budgets. The draw depends on ``seed`` and the number of
     tokens alone, so that every item of a size loses the same places, on every device. With
-    ``layer`` the draw is among all visual tokens of a prompt, at the input of that decoder layer.
+    ``layer`` the draw is among all visual tokens of a prompt, at the input of that decoder layer;
+    with ``vision_block`` among those of each item, at the input of that block of the vision tower.
     Never synchronises with the host.
     """
 
@@ -28,13 +27,7 @@ class Random(PerhapsInside):
     keep_ratio: KeepRatio = 0.5
     seed: Seed = 0
 
-    def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
-        return self._draw(tokens.num_tokens, count, tokens.features.device)
-
-    def choose_inside(self, tokens: LayerTokens, count: int) -> FusionPlan:
-        return self._draw(tokens.num_visual, count, tokens.visual.device)
-
-    def _draw(self, n: int, count: int, device: torch.device) -> FusionPlan:
+    def pick(self, n: int, count: int, device: torch.device) -> FusionPlan:
         # Drawn on the host, whose generator is the same everywhere.
         lots = torch.rand(n, generator=torch.Generator().manual_seed(self.seed))
         return FusionPlan.from_survivors(top(lots.to(device, non_blocking=True), count), n)

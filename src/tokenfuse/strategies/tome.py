@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import prod
 from typing import Annotated, ClassVar
 
 import torch
@@ -13,9 +14,10 @@ from tokenfuse.errors import ConfigError
 from tokenfuse.ops.matching import bipartite_soft_matching, most_pairs, weighted_mean
 from tokenfuse.ops.select import budget
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Budgeted
+from tokenfuse.strategies._base import Budgeted, Strategy
+from tokenfuse.strategies._tower import TowerCut, TowerTokens
 from tokenfuse.strategies._vit import VitStrategy
-from tokenfuse.tokens import Grid, VisualTokens
+from tokenfuse.tokens import Grid, Modality, VisualTokens
 
 Merges = Annotated[int, Field(ge=0, strict=True)]
 
@@ -32,6 +34,10 @@ class ToMe(Budgeted, VitStrategy):
     parameter. Class, distillation and register tokens stay alone. Where ``r`` is not given, the
     blocks merge evenly until ⌈keep_ratio · N⌉ of the ``N`` other tokens are left, or as near as
     halving them in every block gets.
+
+    Inside the vision tower of a VLM (``tower: true``) the rounds stand between blocks, each frame
+    by itself, and compare the keys of the block before, ahead of any rotation, patch by patch of
+    each visual token; survivors keep their rotary positions, and the prompt loses what was merged.
 
     Before an LLM, ``keep_ratio`` decides, and ``r``, which counts per block, is refused: rounds on
     the features merge half of the tokens each, until the last merges just as many as leave exactly
@@ -66,6 +72,10 @@ class ToMe(Budgeted, VitStrategy):
         True,
         description="in a vision transformer, attention weighs a token by the tokens it stands for",
     )
+    tower: bool = Field(
+        False,
+        description="merge between the blocks of a VLM's vision tower instead of before the LLM",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ToMe:
@@ -77,6 +87,11 @@ class ToMe(Budgeted, VitStrategy):
         return self
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
+        if self.tower:
+            raise ConfigError(
+                "tome: tower: true merges inside a vision tower; expected compress or attach on a "
+                "model, or no tower: bare tokens have none"
+            )
         if self.r is not None:
             raise ConfigError(
                 f"tome: r: {self.r} counts tokens per block of a vision transformer, and there are "
@@ -97,6 +112,41 @@ class ToMe(Budgeted, VitStrategy):
             total += n // 2 * ((n + 1) // 2) * width
             n -= min(n - count, most_pairs(n))
         return total
+
+    @property
+    def needs_grid(self) -> bool:
+        return self.tower
+
+    def num_kept(self, grid: Grid) -> int | None:
+        # How many the blocks can merge depends on the tower.
+        return None if self.tower else super().num_kept(grid)
+
+    def for_modality(self, modality: Modality) -> Strategy | None:
+        return None if self.tower else self
+
+    @property
+    def acts_in_tower(self) -> bool:
+        return self.tower
+
+    def tower_cuts(self, blocks: int) -> tuple[TowerCut, ...]:
+        if not self.tower:
+            return ()
+        return tuple(
+            TowerCut(block, self._merge, keys=True, proportional=self.proportional)
+            for block in range(1, blocks)
+        )
+
+    @torch.no_grad()
+    def _merge(self, tokens: TowerTokens) -> FusionPlan | None:
+        """The merges between two blocks of a VLM's tower, in each frame."""
+        assert tokens.keys is not None
+        frames, n = tokens.grid[0], tokens.num_tokens
+        r = self.merges(tokens.num_blocks - 1, prod(tokens.grid[1:]))[tokens.block - 1]
+        if r == 0:
+            return None
+        # Frames keep equally many, since all of them began whole.
+        metric = tokens.keys.flatten(1).view(frames, n // frames, -1)
+        return bipartite_soft_matching(metric, r)
 
     def merges(self, blocks: int, tokens: int) -> list[int]:
         if isinstance(self.r, list):
