@@ -25,6 +25,7 @@ from tokenfuse.errors import ConfigError, PlanError, UnsupportedModelError
 from tokenfuse.ops.precision import outside_autocast
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Strategy
+from tokenfuse.strategies._layers import WeighedPlan
 from tokenfuse.strategies._tower import PixelTokens, TowerCut, TowerTokens, drops_only, merged
 from tokenfuse.tokens import Grid, grid_coords
 
@@ -469,8 +470,10 @@ def of_frames(plan: FusionPlan, place: int) -> FusionPlan:
     offsets = torch.arange(place, device=plan.target.device)
     survivors = (plan.survivors[:, None] * place + offsets).flatten()
     target = plan.target[:, None] * place + offsets
-    target = torch.where(plan.target[:, None] < 0, plan.target[:, None], target)
-    return FusionPlan(survivors, target.flatten())
+    target = torch.where(plan.target[:, None] < 0, plan.target[:, None], target).flatten()
+    if isinstance(plan, WeighedPlan):
+        return WeighedPlan(survivors, target, plan.weight.repeat_interleave(place))
+    return FusionPlan(survivors, target)
 
 
 def _check(plan: FusionPlan, n: int, name: str) -> None:

@@ -47,9 +47,9 @@ class EarlyTom(Strategy):
     Source: EarlyTom, arXiv 2605.30010, whose numbers are for SigLIP. At the input of each of three
     ``blocks`` frames form groups: a frame joins as long as its likeness to the group's first one,
     the mean cosine over places, smoothed from frame to frame, reaches ``threshold``, and the group
-    has no more than ``most_frames``. In groups of three or more the first and the last
-    frame stay; of those between, two neighbours merge if they are more alike than the first and the
-    last are, and than the second of them and the next. The mean weighs each by how alike it and its
+    has no more than ``most_frames``. In groups of three or more the first and the last frame stay;
+    of those between, two neighbours merge if they are as alike as the first and the last are, and
+    as the second of them and the next, or more. The mean weighs each by how alike it and its
     successor are, and by the frames it stands for. Later blocks read fewer frames.
 
     With ``keep_ratio`` tokens go before the LLM, too: ⌈keep_ratio · N⌉ of all ``N`` at most are
@@ -192,7 +192,7 @@ def merges(likeness: list[list[float]], start: int, stop: int) -> tuple[list[int
     next_, ends = likeness[1], likeness[stop - 1 - start][start]
     i = start + 1
     while i + 1 < stop - 1:
-        if next_[i] > ends and next_[i] > next_[i + 1]:
+        if next_[i] >= ends and next_[i] >= next_[i + 1]:
             roots[i + 1 - start] = i
             for j in (i, i + 1):
                 weights[j - start] = max(next_[j], torch.finfo(torch.float32).eps)

@@ -131,9 +131,12 @@ class ToMe(Budgeted, VitStrategy):
     def tower_cuts(self, blocks: int) -> tuple[TowerCut, ...]:
         if not self.tower:
             return ()
+        # How many of a share go depends on the item.
+        fixed = [1] * blocks if self.r is None else self.merges(blocks - 1, 0)
         return tuple(
             TowerCut(block, self._merge, keys=True, proportional=self.proportional)
             for block in range(1, blocks)
+            if fixed[block - 1]
         )
 
     @torch.no_grad()

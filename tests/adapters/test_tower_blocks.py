@@ -1,0 +1,418 @@
+"""Cuts between the blocks of a vision tower: held against the tower run block by block, by hand."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+from pydantic import Field
+
+import families
+import tokenfuse
+from families import FAMILIES
+from tokenfuse import FusionPlan, Strategy
+from tokenfuse.compression import prompt_adapter
+from tokenfuse.prompt.inputs import PIXELS
+from tokenfuse.registry import default_registry
+from tokenfuse.strategies._layers import WeighedPlan
+from tokenfuse.strategies._tower import TowerCut
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5"]
+FRAMES = ["llava_onevision", "llava_next_video", "video_llava"]
+PROMPT = [
+    [("text", 1), ("video", 6), ("text", 2)],
+    [("text", 4), ("video", 2), ("text", 3), ("image", 2), ("text", 2)],
+]
+
+
+class Recorded(Strategy):
+    """Does what another strategy does inside the tower, and notes its plans.
+
+    ``noted``: for each call of the tower the plans by block; those for pixels are at -1.
+    """
+
+    name = "recorded"
+    stage = "tower"
+    inner: Strategy
+    noted: object = Field(None, exclude=True)
+
+    def for_modality(self, modality):
+        return None
+
+    def plan(self, tokens):
+        raise AssertionError("it is never asked behind the tower")
+
+    def tower_plan(self, pixels):
+        found = self.inner.tower_plan(pixels)
+        self.noted[-1].setdefault(-1, []).append(found)
+        return found
+
+    @property
+    def acts_before_tower(self):
+        return self.inner.acts_before_tower
+
+    @property
+    def acts_in_tower(self):
+        return self.inner.acts_in_tower
+
+    def tower_cuts(self, blocks):
+        own = {}
+        self.noted.append(own)
+
+        def noting(cut):
+            def plan(tokens):
+                found = cut.plan(tokens)
+                own.setdefault(cut.block, []).append((found, tokens))
+                return found
+
+            return TowerCut(cut.block, plan, cut.frames, cut.keys, cut.proportional)
+
+        return tuple(map(noting, self.inner.tower_cuts(blocks)))
+
+
+class Pixels(Strategy):
+    """Drops some tokens of each item before the tower."""
+
+    name = "pixels"
+    stage = "tower"
+
+    def for_modality(self, modality):
+        return None
+
+    def plan(self, tokens):
+        raise AssertionError("it is never asked behind the tower")
+
+    def tower_plan(self, pixels):
+        n = pixels.num_tokens
+        kept = torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.8
+        kept[0] = True
+        return FusionPlan.from_survivors(kept.nonzero().flatten(), n)
+
+
+class Halves(Strategy):
+    """Merges the second half of the frames into the first one of each pair, whole."""
+
+    name = "halves_frames"
+    stage = "tower"
+
+    def for_modality(self, modality):
+        return None
+
+    def plan(self, tokens):
+        raise AssertionError("it is never asked behind the tower")
+
+    def tower_cuts(self, blocks):
+        return (TowerCut(1, self.merge, frames=True), TowerCut(2, self.merge, frames=True))
+
+    def merge(self, tokens):
+        n = tokens.num_tokens
+        if n == 1:
+            return None
+        roots = torch.arange(n)
+        roots[1] = 0
+        survivors = torch.tensor([0, *range(2, n)])
+        plan = FusionPlan.from_roots(survivors, roots)
+        return WeighedPlan(plan.survivors, plan.target, torch.arange(1.0, n + 1) * tokens.sizes)
+
+
+CASES = {
+    "uniform at 0": {"strategy": "uniform", "vision_block": 0},
+    "uniform at 2": {"strategy": "uniform", "vision_block": 2, "keep_ratio": 0.3},
+    "random at 1": {"strategy": "random", "vision_block": 1, "keep_ratio": 0.6},
+    "tome": {"strategy": "tome", "tower": True},
+    "tome, plain": {"strategy": "tome", "tower": True, "proportional": False, "r": 1},
+    "earlytom": {"strategy": "earlytom", "threshold": -1.0, "blocks": [9, 18]},
+    "frames": Halves(),
+    "pixels, then two": {
+        "compose": [
+            Pixels(),
+            {"strategy": "random", "vision_block": 1, "keep_ratio": 0.8},
+            {"strategy": "uniform", "vision_block": 2},
+        ]
+    },
+    "tome, then one": {
+        "compose": [
+            {"strategy": "tome", "tower": True, "r": [1, 0, 0]},
+            {"strategy": "uniform", "vision_block": 2, "keep_ratio": 0.7},
+        ]
+    },
+}
+
+
+class Item:
+    """The tokens of one item that are left: which, of what, and what they stand for."""
+
+    def __init__(self, n, rows):
+        self.members = [[i] for i in range(n)]
+        self.rows = list(rows)
+
+    def follow(self, plan):
+        """The next step, token by token."""
+        weights = getattr(plan, "weight", None)
+        if weights is None:
+            weights = torch.tensor([float(len(m)) for m in self.members])
+        members, rows = [], []
+        for slot in range(plan.num_kept):
+            own = (plan.target == slot).nonzero().flatten().tolist()
+            members.append([i for j in own for i in self.members[j]])
+            total = sum(float(weights[j]) for j in own)
+            rows.append(sum(self.rows[j] * (float(weights[j]) / total) for j in own))
+        # A survivor has the place of the token that its plan names.
+        first = [self.members[int(i)][0] for i in plan.survivors]
+        members = [[f, *(x for x in m if x != f)] for f, m in zip(first, members, strict=True)]
+        self.members, self.rows = members, rows
+
+
+def of_frames(plan, place):
+    """A plan for frames, for their tokens."""
+    if plan is None:
+        return None
+    target = (plan.target[:, None] * place + torch.arange(place)).flatten()
+    survivors = (plan.survivors[:, None] * place + torch.arange(place)).flatten()
+    assert (plan.target >= 0).all()
+    if isinstance(plan, WeighedPlan):
+        return WeighedPlan(survivors, target, plan.weight.repeat_interleave(place))
+    return FusionPlan(survivors, target)
+
+
+def by_hand(model, inputs, modality, noted, proportional):
+    """Pooled and DeepStack features of what is left, and which tokens these are, item by item."""
+    visual = model.base_model.visual
+    module = sys.modules[type(visual).__module__]
+    group, grid = visual.spatial_merge_size**2, inputs[f"{modality}_grid_thw"]
+    calls = []
+    handles = [
+        block.register_forward_pre_hook(
+            lambda m, args, kwargs: calls.append((args[0], kwargs)), with_kwargs=True
+        )
+        for block in visual.blocks
+    ]
+    prompt_adapter(model, default_registry())._encode(inputs, modality)
+    for handle in handles:
+        handle.remove()
+    grids = [(t, h // 2, w // 2) for t, h, w in grid.tolist()]
+    total = sum(t * h * w for t, h, w in grids)
+    order = torch.arange(total)
+    if hasattr(visual, "fullatt_block_indexes"):
+        order = module.get_vision_window_index(
+            grid, visual.spatial_merge_size, visual.window_size, visual.patch_size
+        )[0]
+    place = order.argsort().tolist()
+    rows = calls[0][0].unflatten(0, (total, group))[order.argsort()]
+    items, begin = [], 0
+    for t, h, w in grids:
+        items.append(Item(t * h * w, rows[begin : begin + t * h * w]))
+        begin += t * h * w
+    begins = [sum(t * h * w for t, h, w in grids[:i]) for i in range(len(grids))]
+    if -1 in noted:
+        for item, plan in zip(items, noted[-1], strict=True):
+            item.follow(plan)
+    deep = []
+    for number, block in enumerate(visual.blocks):
+        plans = list(noted.get(number, []))
+        for item, (t, h, w) in zip(items, grids, strict=True):
+            frames = bool(plans) and plans[0][1].frames
+            if number in noted and not (frames and t == 1):
+                plan = plans.pop(0)[0]
+                plan = of_frames(plan, h * w) if frames else plan
+                if plan is not None:
+                    item.follow(plan)
+        assert not plans
+        # One sequence of tokens, in the order of the tower.
+        alive = sorted(
+            (place[begins[i] + m[0]], i, j)
+            for i, item in enumerate(items)
+            for j, m in enumerate(item.members)
+        )
+        kwargs = calls[number][1]
+        ends = (kwargs["cu_seqlens"] // group).tolist()
+        cos, sin = (x.unflatten(0, (total, group)) for x in kwargs["position_embeddings"])
+        x = torch.cat([items[i].rows[j] for _, i, j in alive])
+        sizes = [float(len(items[i].members[j])) for _, i, j in alive]
+        normed, attention = block.norm1(x), block.attn
+        q, k, v = attention.qkv(normed).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+        where = [p for p, _, _ in alive]
+        q, k = module.apply_rotary_pos_emb_vision(
+            q, k, cos[where].flatten(0, 1), sin[where].flatten(0, 1)
+        )
+        made = torch.zeros_like(q)
+        for start, stop in itertools.pairwise(ends):
+            own = [a for a, p in enumerate(where) if start <= p < stop]
+            if not own:
+                continue
+            index = torch.tensor([a * group + g for a in own for g in range(group)])
+            logits = torch.einsum("qhd,khd->hqk", q[index], k[index]) * attention.scaling
+            if proportional:
+                logits = logits + torch.tensor([sizes[a] for a in own]).log().repeat_interleave(
+                    group
+                )
+            made[index] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v[index])
+        x = x + attention.proj(made.flatten(1))
+        x = x + block.mlp(block.norm2(x))
+        for (_, i, j), states in zip(alive, x.unflatten(0, (-1, group)), strict=True):
+            items[i].rows[j] = states
+        if number in getattr(visual, "deepstack_visual_indexes", ()):
+            index = list(visual.deepstack_visual_indexes).index(number)
+            merger = visual.deepstack_merger_list[index]
+            level = []
+            for item in items:
+                own = merger(torch.cat(item.rows))
+                level.append({m: own[j] for j, ms in enumerate(item.members) for m in ms})
+            deep.append(level)
+    pooled = [visual.merger(torch.cat(item.rows)) for item in items]
+    kept = [[m[0] for m in item.members] for item in items]
+    levels = [
+        torch.stack(
+            [
+                sum(level[i][m] for m in ms) / len(ms)
+                for i, item in enumerate(items)
+                for ms in item.members
+            ]
+        )
+        for level in deep
+    ]
+    return torch.cat(pooled), levels, kept, items
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", QWEN)
+@torch.no_grad()
+def test_the_tower_is_what_it_is_by_hand(name, case):
+    model, inputs = FAMILIES[name].build("sdpa"), FAMILIES[name].prompt(PROMPT, "left")
+    noted = []
+    inner = tokenfuse.get_strategy(CASES[case])
+    short = tokenfuse.compress(model, inputs, Recorded(inner=inner, noted=noted))
+    # The tower reads images first, then videos.
+    for modality, mine in zip(("image", "video"), noted[-2:], strict=True):
+        pooled, levels, kept, items = by_hand(
+            model, inputs, modality, mine, "plain" not in case and "tome" in case
+        )
+        found = short["mm_encoder_outputs"][modality]
+        plans = short.plans[modality]
+        assert [plan.survivors.tolist() for plan in plans] == kept
+        for plan, item in zip(plans, items, strict=True):
+            for slot, members in enumerate(item.members):
+                assert sorted(members) == (plan.target == slot).nonzero().flatten().tolist()
+        pairs = [(found.pooler_output, pooled)]
+        if levels:
+            pairs += zip(found.deepstack_features, levels, strict=True)
+        for few, expected in pairs:
+            few = few if isinstance(few, torch.Tensor) else torch.cat(list(few))
+            torch.testing.assert_close(few.flatten(0, -2), expected, atol=1e-5, rtol=1e-4)
+    removed = sum(item.tokens_before - item.tokens_after for item in short.report.items)
+    # Of frames of noise perhaps no two are alike enough.
+    assert removed > 0 or case == "earlytom"
+
+
+def still(name, frames=8):
+    """A prompt of one video whose frames are all the same, and its number of frames."""
+    family = FAMILIES[name]
+    inputs = dict(family.prompt([[("text", 2), ("video", frames), ("text", 3)]], "left"))
+    pixels = inputs[PIXELS["video"]].clone()
+    if name in FRAMES:
+        pixels[:] = pixels[:, :1]
+        count = pixels.shape[1]
+    else:
+        count, h, w = inputs["video_grid_thw"][0].tolist()
+        pixels[:] = pixels[: h * w].repeat(count, 1)
+    inputs[PIXELS["video"]] = pixels
+    return family.build("sdpa"), inputs, count
+
+
+@pytest.mark.parametrize("name", [*QWEN, *FRAMES])
+@torch.no_grad()
+def test_alike_frames_merge_and_lose_nothing(monkeypatch, name):
+    """Groups of six keep their first and last frame, and two means of those between."""
+    monkeypatch.setattr(families, "FRAMES", 8)
+    model, inputs, frames = still(name)
+    before = tokenfuse.compress(model, inputs, "uniform", keep_ratio=1.0)
+    short = tokenfuse.compress(model, inputs, "earlytom", blocks=[9])
+    item = short.report.items[0]
+    place = item.grid[1] * item.grid[2]
+    groups = [min(6, frames - start) for start in range(0, frames, 6)]
+    left = sum(n if n < 3 else 2 + -(-(n - 2) // 2) for n in groups)
+    assert item.tokens_after == left * place < item.tokens_before
+    assert item.tower_tokens == [frames * place, *[left * place] * (len(item.tower_tokens) - 1)]
+    report = short.report
+    assert 0 < report.tower_flops_after < report.tower_flops_before
+    # Frames that are the same are the same as their mean.
+    features, whole = (
+        flat(x["mm_encoder_outputs"]["video"].pooler_output) for x in (short, before)
+    )
+    tokens = short.plans["video"][0].survivors
+    # The class tokens of video_llava's frames stand between.
+    if name != "video_llava":
+        torch.testing.assert_close(features[: left * place], whole[tokens], atol=1e-5, rtol=1e-4)
+    out = model.generate(**short, max_new_tokens=3)
+    assert out.shape[1] == short["input_ids"].shape[1] + 3
+
+
+def flat(features):
+    if not isinstance(features, torch.Tensor):
+        features = torch.cat(list(features))
+    return features.flatten(0, -2)
+
+
+@pytest.mark.parametrize("name", FRAMES)
+@torch.no_grad()
+def test_towers_of_whole_frames_are_what_they_are_by_hand(name):
+    """The tower's layers, run on a batch that is shorter from two of them on."""
+    model = FAMILIES[name].build("sdpa")
+    inputs = FAMILIES[name].prompt([[("text", 1), ("video", 5), ("text", 2)]], "left")
+    noted = []
+    strategy = Recorded(inner=Halves(), noted=noted)
+    short = tokenfuse.compress(model, inputs, strategy)
+    adapter = prompt_adapter(model, default_registry())
+    plans = {block: own[0][0] for block, own in noted[-1].items()}
+    layers, tower = adapter.tower_blocks, adapter.tower("video")
+    members, hidden = [[t] for t in range(inputs[PIXELS["video"]].shape[1])], []
+
+    def at_input(number):
+        def hook(module, args):
+            nonlocal members
+            x = args[0][[own[0] for own in members]]
+            if number in plans:
+                item = Item(0, x)
+                item.members = members
+                item.follow(plans[number])
+                members, x = item.members, torch.stack(item.rows)
+            return (x, *args[1:])
+
+        return hook
+
+    def at_output(module, args, output):
+        whole = torch.zeros(sum(map(len, members)), *output.shape[1:])
+        for row, own in zip(output, members, strict=True):
+            whole[own] = row
+        hidden.append(whole)
+        return whole
+
+    handles = [
+        handle
+        for number, layer in enumerate(layers)
+        for handle in (
+            layer.register_forward_pre_hook(at_input(number)),
+            layer.register_forward_hook(at_output, prepend=True),
+        )
+    ]
+    whole = flat(adapter._encode(inputs, "video").pooler_output)
+    for handle in handles:
+        handle.remove()
+    assert len(members) == inputs[PIXELS["video"]].shape[1] - 2
+    found = flat(short["mm_encoder_outputs"]["video"].pooler_output)
+    span = adapter.spans(inputs, "video", [whole])[0]
+    frames = whole[: span.num_tokens + span.per_frame * span.grid[0]]
+    frames = frames.view(span.grid[0], -1, whole.shape[-1])[:, span.per_frame :]
+    expected = torch.stack([frames[own].mean(0) for own in members]).flatten(0, 1)
+    kept = short.plans["video"][0]
+    assert kept.num_kept == len(expected)
+    others = len(found) - len(expected)
+    if not span.per_frame:
+        torch.testing.assert_close(found[: len(found) - others], expected, atol=1e-5, rtol=1e-4)
+    else:
+        rows = found.view(-1, whole.shape[-1])
+        match = (rows[:, None] - expected[None]).abs().amax(-1).amin(0)
+        assert float(match.max()) < 1e-5
+    assert not any(m._forward_pre_hooks for m in tower.modules())
