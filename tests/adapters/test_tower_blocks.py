@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import threading
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import tokenfuse
 from families import FAMILIES
 from tokenfuse import FusionPlan, Strategy
 from tokenfuse.compression import prompt_adapter
+from tokenfuse.errors import ConfigError, PlanError, UnsupportedModelError
 from tokenfuse.prompt.inputs import PIXELS
 from tokenfuse.registry import default_registry
 from tokenfuse.strategies._layers import WeighedPlan
@@ -416,3 +418,281 @@ def test_towers_of_whole_frames_are_what_they_are_by_hand(name):
         match = (rows[:, None] - expected[None]).abs().amax(-1).amin(0)
         assert float(match.max()) < 1e-5
     assert not any(m._forward_pre_hooks for m in tower.modules())
+
+
+INSIDE = {
+    "uniform": {"strategy": "uniform", "vision_block": 1},
+    "tome": {"strategy": "tome", "tower": True},
+    "frames": Halves(),
+    "pixels": Pixels(),
+}
+inside = pytest.mark.parametrize("case", INSIDE)
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision(case, dtype):
+    """Features of survivors are those of fp32, but for the rounding of the dtype."""
+    model, inputs = FAMILIES["qwen3_vl"].build("sdpa"), FAMILIES["qwen3_vl"].prompt(PROMPT, "left")
+    noted = []
+    strategy = Recorded(inner=tokenfuse.get_strategy(INSIDE[case]), noted=noted)
+    whole = tokenfuse.compress(model, inputs, strategy)
+    half = FAMILIES["qwen3_vl"].build("sdpa").to(dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    short = tokenfuse.compress(half, inputs, strategy)
+    found = flat(short["mm_encoder_outputs"]["video"].pooler_output)
+    expected = flat(whole["mm_encoder_outputs"]["video"].pooler_output)
+    assert found.dtype == dtype
+    assert found.shape == expected.shape
+    assert bool(found.isfinite().all())
+    if case != "tome":  # rounding changes what is most alike
+        error = (found.float() - expected).norm() / expected.norm()
+        assert float(error) < (0.1 if dtype == torch.bfloat16 else 0.02)
+
+
+@inside
+@torch.no_grad()
+def test_autocast(case):
+    model, inputs = FAMILIES["qwen3_vl"].build("sdpa"), FAMILIES["qwen3_vl"].prompt(PROMPT, "left")
+    kinds = []
+
+    class Looks(Recorded):
+        name = "looks"
+
+        def tower_cuts(self, blocks):
+            def looking(cut):
+                def plan(tokens):
+                    kinds.append((tokens.states.float() @ tokens.states.float().mT).dtype)
+                    return cut.plan(tokens)
+
+                return TowerCut(cut.block, plan, cut.frames, cut.keys, cut.proportional)
+
+            return tuple(map(looking, self.inner.tower_cuts(blocks)))
+
+    strategy = Looks(inner=tokenfuse.get_strategy(INSIDE[case]), noted=[{}])
+    whole = tokenfuse.compress(model, inputs, tokenfuse.get_strategy(INSIDE[case]))
+    with torch.autocast("cpu", torch.bfloat16):
+        short = tokenfuse.compress(model, inputs, strategy)
+    assert set(kinds) <= {torch.float32}
+    assert short.report.tokens_after == whole.report.tokens_after
+    features = flat(short["mm_encoder_outputs"]["video"].pooler_output)
+    assert bool(features.isfinite().all())
+
+
+@inside
+def test_gradients_reach_what_is_before_a_cut(case):
+    model, inputs = FAMILIES["qwen3_vl"].build("sdpa"), FAMILIES["qwen3_vl"].prompt(PROMPT, "left")
+    model.train()
+    short = tokenfuse.compress(model, inputs, tokenfuse.get_strategy(INSIDE[case]))
+    model(**short, labels=short["input_ids"]).loss.backward()
+    for block in model.base_model.visual.blocks:
+        gradients = [p.grad for p in block.parameters()]
+        assert all(g is not None and bool(g.isfinite().all()) for g in gradients)
+        assert any(float(g.abs().max()) > 0 for g in gradients)
+    model.base_model.visual.blocks[0].gradient_checkpointing = True
+    with pytest.raises(UnsupportedModelError, match="switch that off"):
+        tokenfuse.compress(model, inputs, tokenfuse.get_strategy(INSIDE[case]))
+
+
+@inside
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_exceptions_leave_no_hook(name, case):
+    model, inputs = FAMILIES[name].build("sdpa"), FAMILIES[name].prompt(PROMPT, "left")
+    visual = model.base_model.visual
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        before = visual(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
+    handle = visual.blocks[2].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        tokenfuse.compress(model, inputs, tokenfuse.get_strategy(INSIDE[case]))
+    handle.remove()
+    assert not any(x._forward_pre_hooks for x in visual.modules())
+    with torch.no_grad():
+        after = visual(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
+    assert torch.equal(before, after)
+
+
+@torch.no_grad()
+def test_cuts_that_keep_all_are_bit_for_bit_nothing():
+    for name in (*QWEN, *FRAMES):
+        model = FAMILIES[name].build("sdpa")
+        inputs = FAMILIES[name].prompt([PROMPT[0]], "left")
+        whole = model(**tokenfuse.compress(model, inputs, "uniform", keep_ratio=1.0)).logits
+        for strategy in (
+            {"strategy": "earlytom", "threshold": 1.0, "most_frames": 1},
+            {"strategy": "uniform", "vision_block": 1, "keep_ratio": 1.0},
+            {"strategy": "tome", "tower": True, "keep_ratio": 1.0},
+        ):
+            if name in FRAMES and strategy["strategy"] != "earlytom":
+                continue
+            short = tokenfuse.compress(model, inputs, strategy)
+            assert torch.equal(model(**short).logits, whole), (name, strategy)
+
+
+@torch.no_grad()
+def test_sessions_batches_turns_and_chains():
+    """A chain over all stages: tower, features, LLM; then a question about the prompt."""
+    model, inputs = FAMILIES["qwen3_vl"].build("sdpa"), FAMILIES["qwen3_vl"].prompt(PROMPT, "left")
+    never = [model.config.image_token_id, model.config.video_token_id]
+    chain = {
+        "compose": [
+            Pixels(),
+            {"strategy": "random", "vision_block": 1, "keep_ratio": 0.8},
+            {"strategy": "uniform", "keep_ratio": 0.5},
+            {"strategy": "fastv", "layer": 1},
+        ]
+    }
+    with tokenfuse.attach(model, chain) as session:
+        prompt = session.prefill(inputs)
+        report = session.report
+        out = session.ask(prompt, torch.full((2, 3), 7), max_new_tokens=3, suppress_tokens=never)
+    assert out.shape == (2, inputs["input_ids"].shape[1] + 6)
+    read = zip(*(item.tower_tokens for item in report.items), strict=True)
+    first, second, third = map(sum, read)
+    assert report.tokens_before > first > second == third > report.tokens_after
+    assert sum(report.layer_tokens[1]) < sum(report.layer_tokens[0]) == report.tokens_after
+    text = str(report)
+    assert "vision tower  blocks 0: " in text
+    assert "in the LLM" in text
+
+
+def test_threads_cut_towers_by_themselves():
+    model = FAMILIES["qwen3_vl"].build("sdpa")
+    inputs = FAMILIES["qwen3_vl"].prompt(PROMPT, "left")
+    cases = [*INSIDE, None]
+    expected, found = {}, {}
+
+    @torch.no_grad()
+    def run(case):
+        strategy = "uniform" if case is None else tokenfuse.get_strategy(INSIDE[case])
+        short = tokenfuse.compress(model, inputs, strategy)
+        return flat(short["mm_encoder_outputs"]["video"].pooler_output)
+
+    for case in cases:
+        expected[case] = run(case)
+
+    def repeat(case):
+        found[case] = [run(case) for _ in range(3)]
+
+    threads = [threading.Thread(target=repeat, args=(case,)) for case in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for case in cases:
+        assert all(torch.equal(each, expected[case]) for each in found[case]), case
+
+
+def test_saliency_behind_a_cut_is_that_of_what_was_read():
+    model, inputs = FAMILIES["qwen3_vl"].build("sdpa"), FAMILIES["qwen3_vl"].prompt(PROMPT, "left")
+    seen = []
+
+    class Sees(Strategy):
+        name = "sees"
+        needs = frozenset({"saliency"})
+
+        def plan(self, tokens):
+            seen.append(tokens)
+            return FusionPlan.identity(tokens.num_tokens)
+
+    for case in ("uniform", "pixels", "frames"):
+        seen.clear()
+        chain = tokenfuse.get_strategy({"compose": [tokenfuse.get_strategy(INSIDE[case]), Sees()]})
+        tokenfuse.compress(model, inputs, chain)
+        for tokens in seen:
+            # What a frame's patches pay to each other sums to one, shared by those merged.
+            frames = tokens.coords[:, 0].unique()
+            total = tokens.saliency.sum()
+            assert float(tokens.saliency.min()) > 0
+            torch.testing.assert_close(total, torch.tensor(float(len(frames))), rtol=1e-4, atol=0)
+    with pytest.raises(UnsupportedModelError, match="another kernel weighs tokens"):
+        tokenfuse.compress(model, inputs, {"compose": [INSIDE["tome"], Sees()]})
+
+
+REFUSED = {
+    "two places": (
+        {"strategy": "uniform", "vision_block": 1, "layer": 2},
+        ConfigError,
+        "one place",
+    ),
+    "no block": ({"strategy": "uniform", "vision_block": 3}, ConfigError, "expected 0 to 2"),
+    "the other way": (
+        {"compose": ["uniform", {"strategy": "uniform", "vision_block": 1}]},
+        ConfigError,
+        "expected them the other way round",
+    ),
+    "falling blocks": (
+        {
+            "compose": [
+                {"strategy": "uniform", "vision_block": 2},
+                {"strategy": "random", "vision_block": 1},
+            ]
+        },
+        ConfigError,
+        "each block once, rising",
+    ),
+    "tome second": (
+        {"compose": [{"strategy": "uniform", "vision_block": 0}, INSIDE["tome"]]},
+        ConfigError,
+        "tome needs every place",
+    ),
+    "by modality": (
+        {"video": {"strategy": "uniform", "vision_block": 0}},
+        ConfigError,
+        "before or inside the vision tower; put it",
+    ),
+    "frames after tokens": (
+        {"compose": [Pixels(), Halves()]},
+        PlanError,
+        "merges whole frames at vision block 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused_with_what_can(case):
+    model, inputs = FAMILIES["qwen3_vl"].build("sdpa"), FAMILIES["qwen3_vl"].prompt(PROMPT, "left")
+    configuration, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        tokenfuse.compress(model, inputs, configuration)
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "llava", "glm4v", "internvl"])
+def test_other_towers_refuse_tokens_by_name(name):
+    model = FAMILIES[name].build("sdpa")
+    for strategy in ("pixelprune", INSIDE["uniform"], INSIDE["tome"]):
+        with pytest.raises(UnsupportedModelError, match=f"model family {name} is one whose vision"):
+            tokenfuse.attach(model, strategy)
+    if name != "llava_onevision":
+        with pytest.raises(UnsupportedModelError, match="has to read everything"):
+            tokenfuse.attach(model, "earlytom")
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_tower_that_was_compiled_before_is_right_or_refused():
+    model, inputs = FAMILIES["qwen3_vl"].build("sdpa"), FAMILIES["qwen3_vl"].prompt(PROMPT, "left")
+
+    def run(case):
+        strategy = "uniform" if case is None else tokenfuse.get_strategy(INSIDE[case])
+        short = tokenfuse.compress(model, inputs, strategy)
+        return flat(short["mm_encoder_outputs"]["video"].pooler_output)
+
+    cases = [None, "frames"]
+    expected = {case: run(case) for case in cases}
+    torch.compiler.reset()
+    try:
+        for block in model.base_model.visual.blocks:
+            block.compile(backend="eager")
+        for case in [*cases, *cases]:
+            torch.testing.assert_close(run(case), expected[case], atol=1e-5, rtol=1e-4)
+        # It listens to what stands inside of blocks.
+        with pytest.raises(UnsupportedModelError, match="no part was compiled before"):
+            run("tome")
+        torch.testing.assert_close(run(None), expected[None], atol=1e-5, rtol=1e-4)
+    finally:
+        torch.compiler.reset()

@@ -42,11 +42,12 @@ class SizedAttention:
     """Proportional attention, arXiv 2210.09461: each key counts as often as it stands for patches.
 
     ``sizes (n,)``: how many patches each one stands for, in the order of the rows that the
-    attention reads; None as long as all stand for themselves.
+    attention reads; None as long as all stand for themselves. ``calls``: how many were weighed.
     """
 
     def __init__(self) -> None:
         self.sizes: Tensor | None = None
+        self.calls = 0
         self._call: tuple[Any, dict[str, Any]] | None = None
 
     def place(self, attention: Any, hooks: ExitStack, here: Callable[[], bool]) -> None:
@@ -62,9 +63,12 @@ class SizedAttention:
             return tuple(x[:1] for x in args[:1]) + tuple(args[1:]), one
 
         def leave(module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
-            call, self._call = self._call if here() else None, None
+            if not here():
+                return None
+            call, self._call = self._call, None
             if call is None or self.sizes is None or not output:
                 return None
+            self.calls += 1
             return _computed(module, *call, self.sizes)
 
         hooks.enter_context(

@@ -99,13 +99,8 @@ class TowerStage(ABC):
         with ExitStack() as hooks:
             self._place(hooks)
             yield
-        if len(self._counts) != len(self.blocks):
-            raise UnsupportedModelError(
-                f"{len(self._counts)} of {len(self.blocks)} blocks of a "
-                f"{type(self.tower).__name__} ran under their hooks, so that strategy "
-                f"{self.strategy.name} had no effect; expected a tower that was not compiled "
-                "before: call torch.compiler.reset(), and compile behind the first prompt"
-            )
+        if len(self._counts) != len(self.blocks) or not self._all_ran():
+            raise self._compiled()
 
     def costs(self) -> TowerCosts:
         """What it has cost. One host synchronisation."""
@@ -127,6 +122,17 @@ class TowerStage(ABC):
         )
         by_item = [list(counts) for counts in zip(*self._counts, strict=True)]
         return TowerCosts(by_item, before, after, sum(self.watch.read()[1::2]))
+
+    def _compiled(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"the hooks of strategy {self.strategy.name} inside a {type(self.tower).__name__} did "
+            "not run; expected a tower of which no part was compiled before: call "
+            "torch.compiler.reset(), or act behind the tower"
+        )
+
+    @abstractmethod
+    def _all_ran(self) -> bool:
+        """Whether what stands behind blocks has run as often as they have."""
 
     def finish(self, grids: Sequence[Grid]) -> list[FusionPlan]:
         """The plan of each item for all of its tokens, whose ``grids`` are known by now."""
@@ -218,6 +224,7 @@ class PackedStage(TowerStage):
             self.order = order.to(grid.device)
         self.keys: Tensor | None = None
         self.sized: SizedAttention | None = None
+        self._merged = self._due = 0
         self._made: dict[int, tuple[Any, Any]] = {}
         self._states: list[tuple[Tensor, Tensor]] = []
         """By block: which places of the tower's order it reads, and where all are among those."""
@@ -246,8 +253,17 @@ class PackedStage(TowerStage):
                         )
                     )
                 )
-        for merger in (self.tower.merger, *getattr(self.tower, "deepstack_merger_list", ())):
+        for merger in self._mergers:
             hooks.enter_context(merger.register_forward_hook(Hook(self._whole)))
+
+    @property
+    def _mergers(self) -> list[nn.Module]:
+        tower: Any = self.tower
+        return [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
+
+    def _all_ran(self) -> bool:
+        weighed = 0 if self.sized is None else self.sized.calls
+        return self._merged == len(self._mergers) and weighed == self._due
 
     def _hear(self, output: Tensor, heads: int) -> None:
         if self._here():
@@ -283,6 +299,7 @@ class PackedStage(TowerStage):
         squares = tuple((x.diff().double() ** 2).sum() for x in (lengths, changed["cu_seqlens"]))
         self._note(number, (len(self.order) * self.group, len(states)), squares)
         self._states.append((self.places, self.target))
+        self._due += self.sized is not None and self.sized.sizes is not None
         if args:
             return (states, *args[1:]), changed
         return args, {**changed, "hidden_states": states}
@@ -313,6 +330,8 @@ class PackedStage(TowerStage):
         self.watch.lap()
         rows = states.unflatten(0, (-1, self.group))[self.back]
         keys = None if self.keys is None else self.keys.unflatten(0, (-1, self.group))[self.back]
+        if cut.keys and keys is None:
+            raise self._compiled()
         self.keys = None
         counts = [plan.num_kept for plan in self.plans]
         parts: list[Tensor] = []
@@ -356,7 +375,10 @@ class PackedStage(TowerStage):
         return None if plan is None else of_frames(plan, place)
 
     def _whole(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if not self._here() or len(self.places) == len(self.order):
+        if not self._here():
+            return None
+        self._merged += 1
+        if len(self.places) == len(self.order):
             return None
         return FusionPlan(self.places, self.target).expand(output)
 
@@ -382,6 +404,7 @@ class FrameStage(TowerStage):
         super().__init__(tower, blocks, [(count, 1, 1) for count in frames], strategy, device)
         self.whole = joined(self.plans)
         self._at: list[FusionPlan] = []
+        self._left = 0
 
     @property
     def _width(self) -> int:
@@ -423,7 +446,11 @@ class FrameStage(TowerStage):
             return (short, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": short}
 
+    def _all_ran(self) -> bool:
+        return self._left == len(self.blocks)
+
     def _leave(self, output: Any) -> Any:
+        self._left += 1
         if isinstance(output, tuple):
             return (self.whole.expand(output[0]), *output[1:])
         return self.whole.expand(output)

@@ -215,4 +215,4 @@ def spread_best(scores: Float[Tensor, "T P"], quotas: Int[Tensor, "T 1"]) -> Ten
     sorted_windows = window.gather(1, order)
     first = torch.ones_like(sorted_windows, dtype=torch.bool)
     first[:, 1:] = sorted_windows.diff(dim=-1) != 0
-    return torch.zeros_like(first).scatter(1, order, first)
+    return torch.zeros_like(first).scatter(1, order, first) & (quotas > 0)
