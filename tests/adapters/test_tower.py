@@ -180,8 +180,8 @@ def test_chains_go_on_behind_the_tower_and_inside_the_llm():
         ConfigError, match="acts before the vision tower, so it can only come first"
     ):
         tokenfuse.get_strategy({"compose": ["uniform", "pixelprune"]})
-    with pytest.raises(ConfigError, match="ttf needs every place of the grid"):
-        tokenfuse.get_strategy({"compose": ["pixelprune", "ttf"]})
+    with pytest.raises(ConfigError, match="evs needs every place of the grid"):
+        tokenfuse.get_strategy({"compose": ["pixelprune", "evs"]})
     with pytest.raises(ConfigError, match="acts before or inside the vision tower; put it"):
         tokenfuse.get_strategy({"video": "pixelprune"})
 
@@ -260,3 +260,25 @@ def test_later_turns_cut_what_they_bring():
         assert item.tokens_after < item.tokens_before
     assert f"vision tower  blocks 0-{blocks - 1}: {report.tokens_after} tokens" in str(report)
     assert 0 < report.tower_flops_after < report.tower_flops_before
+
+
+def test_the_chain_of_all_three_stages():
+    """What is left of still places is matched, and cut again inside the LLM."""
+    model, inputs = model_and_inputs("qwen3_vl")
+    t, h, w = inputs["video_grid_thw"][0].tolist()
+    pixels = inputs["pixel_values_videos"].clone()
+    # The left half of every frame is that of the first.
+    frames = pixels[: t * h * w].view(t, -1, pixels.shape[-1])
+    frames[:, : h * w // 2] = frames[:1, : h * w // 2]
+    steps = [
+        {"strategy": "pixelprune", "theta": 0.02},
+        {"strategy": "ttf", "threshold": 0.1},
+        {"strategy": "fastv", "layer": 1, "keep_ratio": 0.3},
+    ]
+    with tokenfuse.attach(model, {"compose": steps}) as session:
+        model.generate(**inputs | {"pixel_values_videos": pixels}, max_new_tokens=2)
+    report = session.report
+    items = [item for item in report.items if item.modality == "video"]
+    assert items[0].tower_tokens[0] < items[0].tokens_before
+    assert sum(i.tokens_after for i in items) <= sum(i.tower_tokens[-1] for i in items)
+    assert sum(report.layer_tokens[1]) < sum(report.layer_tokens[0]) == report.tokens_after

@@ -266,7 +266,7 @@ def test_it_wants_what_its_parts_want():
 
 
 def test_it_needs_the_grid_where_a_part_does():
-    assert ByModality(video=TTF()).needs_grid
+    assert ByModality(video=get_strategy("evs")).needs_grid
     assert ByModality(video=get_strategy("uniform"), image=VisionZip()).needs_grid
     assert not ByModality(video=get_strategy("uniform")).needs_grid
 

@@ -886,3 +886,71 @@ def test_a_plan_reads_and_writes_a_multiple_of_the_tokens_however_many_they_are(
     # Neighbourhoods of tiles overlap.
     multiply_adds = flops.get_total_flops() / 2
     assert multiply_adds <= 4 * config.matching_flops((16, 16, 16), 1024)
+
+
+@st.composite
+def partial_videos(draw):
+    """Tokens of a grid of which some places hold none, and the mask of those that do."""
+    grid = draw(grids(5, 4, 5))
+    n = math.prod(grid)
+    assume(n > 1)
+    x = draw(videos(grid, dtypes=(torch.float32,)))
+    random = torch.Generator().manual_seed(draw(SEEDS))
+    there = torch.rand(n, generator=random) < draw(st.sampled_from([0.2, 0.6, 0.95]))
+    there[int(torch.randint(n, (1,), generator=random))] = True
+    if draw(st.booleans()):
+        there.view(grid[0], -1)[draw(st.integers(0, grid[0] - 1))] = False
+        there[draw(st.integers(0, n - 1))] = True
+    index = there.nonzero().flatten()
+    rows = x.flatten(0, 2)
+    return VisualTokens.from_grid(x, grid).after(index, rows[index]), there, x
+
+
+@given(case=partial_videos(), data=st.data())
+def test_places_without_a_token_are_like_nothing(case, data):
+    """The plan is that of a whole grid with zeros there, but for the zeros."""
+    tokens, there, x = case
+    options = {
+        "threshold": data.draw(st.sampled_from([-1, 0.3, 0.7, 1.0])),
+        "window": data.draw(st.sampled_from([1, 3, 5])),
+        "guard": data.draw(st.sampled_from(["none", "motion"])),
+        "min_tokens_per_frame": 0,
+    }
+    if data.draw(st.booleans()):
+        options |= {"reference": "previous"}
+    else:
+        options |= {"anchor": data.draw(st.integers(0, tokens.grid[0] - 1))}
+    zeros = x.flatten(0, 2) * there[:, None]
+    whole = TTF(**options).plan(VisualTokens.from_grid(zeros, tokens.grid))
+    mine = TTF(**options).plan(tokens)
+    mine.check(tokens.num_tokens, tokens.grid[0])
+    index = there.nonzero().flatten()
+    assert set(index[mine.survivors].tolist()) == set(whole.survivors.tolist()) & set(
+        index.tolist()
+    )
+    roots = whole.survivors[whole.target[index]]
+    assert torch.equal(index[mine.survivors[mine.target]], roots)
+    if mine.frame_order is not None or whole.frame_order is not None:
+        assert mine.is_identity or torch.equal(mine.frame_order, whole.frame_order)
+
+
+@given(case=partial_videos(), data=st.data())
+def test_a_partial_grid_meets_every_budget(case, data):
+    tokens = case[0]
+    ratio = data.draw(st.sampled_from([0.01, 0.2, 0.5, 0.9, 1.0]))
+    options = {
+        "anchor": data.draw(st.sampled_from(["auto", "first"])),
+        "segments": data.draw(st.sampled_from(["single", "auto"])),
+        "reference": data.draw(st.sampled_from(["anchor", "previous"])),
+        "reduce": data.draw(st.sampled_from(["keep", "mean"])),
+        "min_tokens_per_frame": data.draw(st.sampled_from([0, 2])),
+        "keep_ratio": ratio,
+    }
+    strategy = TTF(**options)
+    plan = strategy.plan(tokens)
+    plan.check(tokens.num_tokens, tokens.grid[0])
+    whole = tokens.grid[0] == 1
+    assert plan.num_kept == (
+        tokens.num_tokens if whole else math.ceil(Fraction(str(ratio)) * tokens.num_tokens)
+    )
+    assert strategy.fuse(plan, tokens.features).shape == (plan.num_kept, tokens.features.shape[1])

@@ -15,8 +15,8 @@ from tokenfuse.errors import ConfigError
 from tokenfuse.ops.select import true_indices
 from tokenfuse.ops.similarity import cosine, on_host, turned, unit
 from tokenfuse.ops.window import moved_alike, window_match
-from tokenfuse.plan import FusionPlan, Reduce
-from tokenfuse.strategies._base import Budgeted, Need
+from tokenfuse.plan import DROPPED, FusionPlan, Reduce
+from tokenfuse.strategies._base import Budgeted
 from tokenfuse.tokens import Grid, VisualTokens
 
 REANCHOR_ROUNDS = 4
@@ -65,6 +65,10 @@ class TTF(Budgeted):
     absorbed most (lowest index on ties) and fuses every other, with all it absorbed, into its most
     similar surviving one: nothing is left of any other frame.
 
+    Where tokens went before, as behind a strategy that acts in the vision tower, a place without a
+    token matches nothing, and means are those of what is there. A token whose window of the anchor
+    frame is empty is like nothing: it stays, or is dropped where the budget does not hold it.
+
     A higher threshold never removes more: neither anchors nor matches depend on it. Cosines are
     rounded to multiples of 2⁻¹⁷, so that a tie is a tie on every device.
 
@@ -73,7 +77,6 @@ class TTF(Budgeted):
     """
 
     name: ClassVar[str] = "ttf"
-    needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
     temporal: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2605.07355"
 
@@ -175,7 +178,8 @@ class _Matches:
 
     def __init__(self, config: TTF, tokens: VisualTokens) -> None:
         self.config = config
-        self.frames = tokens.frames
+        self.there: Tensor | None = None
+        self.frames = self._dense(tokens)
         self.places = tokens.grid[1] * tokens.grid[2]
         self.index = torch.arange(tokens.grid[0], device=tokens.features.device)
         self.chained = config.reference == "previous"
@@ -183,6 +187,18 @@ class _Matches:
         self.anchor_of = anchor.expand_as(self.index)
         # The first frame of a chain stands with itself; it is an anchor.
         self._match((self.index - 1).clamp_min(0) if self.chained else anchor)
+
+    def _dense(self, tokens: VisualTokens) -> Tensor:
+        """The features as ``(T, H, W, D)``; zeros where there is no token, which match nothing."""
+        t, h, w = tokens.grid
+        if tokens.num_tokens == t * h * w:
+            return tokens.frames
+        steps = tokens.coords.new_tensor([h * w, w, 1])
+        self.at = (tokens.coords * steps).sum(-1)
+        self.there = torch.zeros(t * h * w, dtype=torch.bool, device=self.at.device)
+        self.there = self.there.index_fill(0, self.at, True)
+        rows = tokens.features.new_zeros(t * h * w, tokens.features.shape[-1])
+        return rows.index_copy(0, self.at, tokens.features).view(t, h, w, -1)
 
     def plan_by_threshold(self) -> FusionPlan:
         rounds = REANCHOR_ROUNDS if self.config.segments == "auto" else 0
@@ -195,12 +211,12 @@ class _Matches:
                 break
             self._reanchor(segment)
             rounds -= 1
-        if count == kept.shape[0]:
+        if count == len(kept if self.there is None else self.at):
             return FusionPlan.identity(count, kept.device)
         return self._plan(true_indices(kept, count), self._roots(kept))
 
     def plan_by_budget(self, count: int) -> FusionPlan:
-        if count < self.places:
+        if count < self.places and (self.there is None or count < self._in_anchor()):
             return self._part_of_one_frame(count)
         most = count // self.places
         for _ in range(REANCHOR_ROUNDS if self.config.segments == "auto" and most > 1 else 0):
@@ -212,12 +228,26 @@ class _Matches:
         # Anchors first, then the floor, then the least similar.
         key = torch.where(self._floor(), self.similarity - 8, self.similarity)
         key = torch.where(self._is_anchor[:, None], -16.0, key).flatten()
+        if self.there is not None:
+            key = key.masked_fill(~self.there, torch.inf)
         survivors = torch.argsort(key, stable=True)[:count].sort().values
         kept = torch.zeros_like(key, dtype=torch.bool).index_fill(0, survivors, True)
         return self._plan(survivors, self._roots(kept))
 
     def _plan(self, survivors: Tensor, roots: Tensor) -> FusionPlan:
+        if self.there is not None:
+            # Of the tokens that are there; those whose match is not are like nothing.
+            number = torch.full_like(roots, DROPPED)
+            number = number.index_copy(0, self.at, torch.arange(len(self.at), device=roots.device))
+            kept = torch.zeros_like(self.there).index_fill(0, survivors, True)
+            roots = torch.where(kept[roots], number[roots], DROPPED)[self.at]
+            survivors = number[survivors]
         return replace(FusionPlan.from_roots(survivors, roots), frame_order=self._frame_order())
+
+    def _in_anchor(self) -> int:
+        """How many tokens of the first anchor frame are there. One host synchronisation."""
+        assert self.there is not None
+        return int(self.there.view(-1, self.places)[self.anchor_of[0]].sum())
 
     def _frame_order(self) -> Tensor | None:
         """The order of frames in which each anchor stands before all that it explains, ``(T,)``.
@@ -238,7 +268,11 @@ class _Matches:
     @cached_property
     def _means(self) -> Tensor:
         """The mean vector of each frame, ``(T, D)`` fp32."""
-        return self.frames.flatten(1, 2).mean(1, dtype=torch.float32)
+        rows = self.frames.flatten(1, 2)
+        if self.there is None:
+            return rows.mean(1, dtype=torch.float32)
+        count = self.there.view(-1, self.places).sum(-1, keepdim=True)
+        return rows.sum(1, dtype=torch.float32) / count.clamp_min(1)
 
     def _distance(self, group: Tensor) -> Tensor:
         """How far each frame's mean is from the mean of its group's means, by ``turned``, ``(T,)``.
@@ -248,7 +282,11 @@ class _Matches:
         member = group[None] == torch.arange(len(group) + 1, device=group.device)[:, None]
         sound = self._means.masked_fill(unit(self._means)[1][:, None], 0)
         centre = member.to(sound.dtype) @ sound
-        return turned(self._means, centre[group])
+        away = turned(self._means, centre[group])
+        if self.there is None:
+            return away
+        # A frame of which nothing is there explains nothing.
+        return away.masked_fill(~self.there.view(-1, self.places).any(-1), torch.inf)
 
     def _first_anchor(self) -> Tensor:
         """The anchor of all frames to begin with, ``(1,)``."""
@@ -283,6 +321,11 @@ class _Matches:
         There are no more than make ``most`` anchors in all.
         """
         explained = self.similarity.clamp_min(0).mean(-1)
+        if self.there is not None:
+            there = self.there.view_as(self.similarity)
+            total = self.similarity.clamp_min(0).masked_fill(~there, 0).sum(-1)
+            count = there.sum(-1)
+            explained = torch.where(count > 0, total / count.clamp_min(1), 1.0)
         lost = (explained < self.config.reanchor) & ~self._is_anchor
         begins = lost
         if not self.chained:
@@ -311,17 +354,23 @@ class _Matches:
         mask = torch.zeros_like(self.match, dtype=torch.bool)
         if least == 0:
             return mask
-        order = torch.argsort(self.similarity, dim=-1, stable=True)[:, :least]
+        likeness = self.similarity
+        if self.there is not None:
+            likeness = likeness.masked_fill(~self.there.view_as(likeness), torch.inf)
+        order = torch.argsort(likeness, dim=-1, stable=True)[:, :least]
         return mask.scatter(1, order, True)
 
     def _kept_by_threshold(self) -> Tensor:
         kept = self.similarity <= self.config.threshold
-        return (kept | self._is_anchor[:, None] | self._floor()).flatten()
+        kept = (kept | self._is_anchor[:, None] | self._floor()).flatten()
+        return kept if self.there is None else kept & self.there
 
     def _roots(self, kept: Tensor) -> Tensor:
         """The survivor that each source token belongs to, ``(N,)`` source indices."""
         own = torch.arange(kept.shape[0], device=kept.device)
         roots = torch.where(kept, own, self.match.flatten())
+        if self.there is not None:
+            roots = torch.where(self.there, roots, own)
         if self.chained:
             # Each step doubles the length of chain that is resolved.
             for _ in range((self.index.shape[0] - 1).bit_length()):
@@ -333,9 +382,22 @@ class _Matches:
         first = self.anchor_of[0] * self.places
         anchors = self._is_anchor[:, None].expand_as(self.match)
         place = self._roots(anchors.flatten()) - first
-        absorbed = torch.zeros_like(self.match[0]).index_add(0, place, torch.ones_like(place))
+        ones = torch.ones_like(place)
+        if self.there is not None:
+            # Places of other frames that hold nothing are their own roots.
+            inside = (place >= 0) & (place < self.places)
+            ones, place = torch.where(inside & self.there, ones, 0), place.clamp(0, self.places - 1)
+        absorbed = torch.zeros_like(self.match[0]).index_add(0, place, ones)
+        if self.there is not None:
+            here = self.there.view(-1, self.places).index_select(0, self.anchor_of[:1])[0]
+            absorbed = absorbed.masked_fill(~here, -1)
         chosen = torch.argsort(absorbed, descending=True, stable=True)[:count].sort().values
         frame = self.frames.index_select(0, self.anchor_of[:1]).flatten(1, 2)
         heir = chosen[cosine(frame, frame[:, chosen])[0].argmax(-1)]
         heir = heir.scatter(0, chosen, chosen)
-        return self._plan(chosen + first, heir[place] + first)
+        roots = heir[place] + first
+        if self.there is not None:
+            own = torch.arange(len(roots), device=roots.device)
+            # What matched a place of the anchor frame that holds nothing is like nothing.
+            roots = torch.where(here[place] & inside, roots, own)
+        return self._plan(chosen + first, roots)
