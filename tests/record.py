@@ -95,6 +95,7 @@ def facts(cls):
         "deepstack": any(getattr(x, "deepstack_features", None) is not None for x in outputs),
         "saliency": "saliency" in adapter.supplies,
         "inside": inside(model),
+        "tower": adapter.cuts_tower,
     }
 
 

@@ -39,8 +39,11 @@ def test_all_is_what_the_design_promises():
         "LayerCut",
         "LayerStrategy",
         "LayerTokens",
+        "PixelTokens",
         "Strategy",
         "TokenFuseError",
+        "TowerCut",
+        "TowerTokens",
         "VisualTokens",
         "hookimpl",
     }

@@ -18,6 +18,7 @@ from tokenfuse.sessions.vlm import Session
 from tokenfuse.strategies._base import Compressed, Strategy
 from tokenfuse.strategies._inside import LayerStrategy
 from tokenfuse.strategies._layers import LayerCut, LayerTokens
+from tokenfuse.strategies._tower import PixelTokens, TowerCut, TowerTokens
 from tokenfuse.tokens import VisualTokens
 
 __version__ = "0.1.0"
@@ -30,11 +31,14 @@ __all__ = [
     "LayerCut",
     "LayerStrategy",
     "LayerTokens",
+    "PixelTokens",
     "Registered",
     "Report",
     "Session",
     "Strategy",
     "TokenFuseError",
+    "TowerCut",
+    "TowerTokens",
     "VisualTokens",
     "attach",
     "compress",

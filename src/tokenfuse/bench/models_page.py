@@ -23,8 +23,8 @@ What the [conformance kit](../how-to/write-an-adapter.md#prove-it) passed, on ti
 each family, fp32 on a CPU, with sdpa and eager attention: the oracle for logits and answers with
 33, 67 and 99 % of the tokens dropped and with whole frames emptied, identity, padded batches,
 beams, second turns, new items in later turns, many questions about one prompt, and what must be
-refused; and cuts inside the LLM, at every layer, in all of these. No pretrained weights were
-loaded.
+refused; and cuts inside the vision tower and the LLM, at every layer, in all of these. No
+pretrained weights were loaded.
 
 """
 
@@ -33,6 +33,9 @@ TAIL = """
 - *frames*: the model is shown a video as images; pass `frames_as_images=True` to `compress` or
   `attach`, and temporal strategies compare them.
 - *saliency*: strategies that prune by attention can be used.
+- *inside the tower*: what [strategies that act before or inside the vision
+  tower](../explanation/inside-the-tower.md) can remove there: any visual token, or whole frames of
+  videos.
 - *inside the LLM*: [strategies that act at decoder layers](../explanation/inside-the-llm.md) can be
   used, or what is in their way.
 - *generic*: no adapter of its own; the model's config, signatures and inputs say where its tokens
@@ -63,7 +66,7 @@ def page(recorded: Mapping[str, Mapping[str, Any]]) -> str:
     versions = sorted(recorded, key=_number, reverse=True)
     newest = recorded[versions[0]]
     columns = ["family", "class", "adapter", "shows", "rope", "DeepStack", "saliency", "batch"]
-    columns.append("inside the LLM")
+    columns += ["inside the tower", "inside the LLM"]
     columns += [f"transformers {version}" for version in versions]
     rows = []
     for name, entry in sorted(newest.items()):
@@ -80,6 +83,7 @@ def page(recorded: Mapping[str, Mapping[str, Any]]) -> str:
                 _yes(entry["deepstack"]),
                 _yes(entry["saliency"]),
                 _yes(not entry["failed"]),
+                entry["tower"] or "–",
                 entry["inside"],
                 *results,
             ]

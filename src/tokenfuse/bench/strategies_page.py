@@ -27,13 +27,14 @@ Every strategy that tokenfuse brings. Options are keys of a [configuration](../h
 `tokenfuse strategies` lists those of installed plugins too, and `tokenfuse compare` puts them
 [side by side](../how-to/compare-strategies.md).
 
-A stage says where in the model tokens go: `vit`, inside a vision transformer, `tower`, before the
-vision tower reads them, `pre_llm`, between the vision tower and the LLM, or `llm`, [at decoder
-layers](../explanation/inside-the-llm.md); some act at one or the other, or at both, as their
-options say. Needs are what a strategy must have beside features: `grid`, every place of the grid,
-so that it must come first in a chain; `saliency`, a score per token; `text`, the prompt's
-embeddings. A strategy that only compares frames leaves images as they are, whatever its options
-say. Experimental strategies are reconstructions that nothing could be compared with.
+A stage says where in the model tokens go: `vit`, inside a vision transformer, `tower`, [before or
+inside the vision tower](../explanation/inside-the-tower.md) of a VLM, `pre_llm`, between the vision
+tower and the LLM, or `llm`, [at decoder layers](../explanation/inside-the-llm.md); some act at one
+or the other, or at several, as their options say. Needs are what a strategy must have beside
+features: `grid`, every place of the grid, so that it must come first in a chain; `saliency`, a
+score per token; `text`, the prompt's embeddings. A strategy that only compares frames leaves images
+as they are, whatever its options say. Experimental strategies are reconstructions that nothing
+could be compared with.
 
 All have the option `positions`: `keep`, the default, or `contiguous`, which renumbers tokens
 without gaps, for comparison; see [Positions](../explanation/positions.md).

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity
 from tokenfuse.errors import ConfigError
 from tokenfuse.ops.select import budget
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Attention, Needs, Stage, Strategy
+from tokenfuse.strategies._base import Attention, Need, Needs, Stage, Strategy
 from tokenfuse.strategies._fields import VisionBlock
 from tokenfuse.strategies._layers import WeighedPlan
 from tokenfuse.strategies._tower import TowerCut, TowerTokens
@@ -67,6 +67,7 @@ class EarlyTom(Strategy):
 
     name: ClassVar[str] = "earlytom"
     stage: ClassVar[Stage] = "tower"
+    needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
     temporal: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2605.30010"
 
@@ -93,10 +94,6 @@ class EarlyTom(Strategy):
         if list(blocks) != sorted(set(blocks)):
             raise ValueError(f"{list(blocks)} do not rise; expected {sorted(set(blocks))}")
         return blocks
-
-    @property
-    def needs_grid(self) -> bool:
-        return True
 
     def needed(self) -> Needs:
         return Needs(None if self.keep_ratio is None else Attention(self.block))

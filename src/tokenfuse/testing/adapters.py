@@ -24,6 +24,7 @@ from tokenfuse.registry import Registry, default_registry
 from tokenfuse.sessions.proportional import before_attention
 from tokenfuse.strategies._base import Attention, Needs, Strategy
 from tokenfuse.testing._inside import InsideConformance
+from tokenfuse.testing._tower import TowerConformance
 from tokenfuse.testing.oracle import DeletedRun, MaskedRun
 from tokenfuse.tokens import Modality, VisualTokens
 
@@ -121,7 +122,7 @@ STEPS = 5
 ALL = slice(None)
 
 
-class AdapterConformance(InsideConformance):
+class AdapterConformance(InsideConformance, TowerConformance):
     """Everything that an adapter promises, as tests. A subclass gives a model and its prompts.
 
     ::
