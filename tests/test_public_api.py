@@ -53,9 +53,26 @@ def test_all_is_what_the_design_promises():
 
 def test_all_is_what_there_is():
     submodules = {name.split(".")[1] for name in MODULES if "." in name}
-    visible = {name for name in vars(tokenfuse) if not name.startswith("_")}
-    assert visible - submodules - {"annotations"} <= set(tokenfuse.__all__)
+    visible = {name for name in dir(tokenfuse) if not name.startswith("_")}
+    helpers = {"annotations", "import_module", "TYPE_CHECKING", "Any"}
+    assert visible - submodules - helpers <= set(tokenfuse.__all__)
     assert set(tokenfuse.__all__) <= visible
+    for name in tokenfuse.__all__:
+        assert getattr(tokenfuse, name).__module__.startswith("tokenfuse") or name == "hookimpl"
+    with pytest.raises(AttributeError, match="module 'tokenfuse' has no attribute 'nothing'"):
+        _ = tokenfuse.nothing
+
+
+def test_torch_is_imported_where_it_is_used():
+    """Not by the package, nor by what only prints help."""
+    for code in ("import tokenfuse", "import tokenfuse.cli", "import tokenfuse.errors"):
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys\n{code}\nprint('torch' in sys.modules)"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout == "False\n", code
 
 
 def test_importing_tokenfuse_is_light():

@@ -286,6 +286,86 @@ def retention(
     _out.print(str(page), soft_wrap=True)
 
 
+@bench.command()
+def speed(
+    strategies: Annotated[
+        list[str] | None,
+        typer.Option(help="Strategies or presets, commas between; all for every one."),
+    ] = None,
+    keep_ratio: Annotated[
+        list[str] | None, typer.Option(help="Shares of tokens to keep, commas between.")
+    ] = None,
+    like: Annotated[
+        str, typer.Option(help="Whose depth and width the model has, with random weights.")
+    ] = "Qwen/Qwen3-VL-2B-Instruct",
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a Qwen3-VL, with its own weights.")
+    ] = None,
+    layers: Annotated[
+        int, typer.Option(min=0, help="Decoder layers of --like; 0 for all that it has.")
+    ] = 4,
+    vision_layers: Annotated[
+        int, typer.Option(min=0, help="Vision blocks of --like; 0 for all that it has.")
+    ] = 4,
+    frames: Annotated[int, typer.Option(help="Frames that the LLM is shown.")] = 16,
+    grid: Annotated[str, typer.Option(help="Rows x columns of visual tokens.")] = "16x16",
+    batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timings per median.")] = 3,
+    decode_steps: Annotated[int, typer.Option(help="Tokens after the first that are timed.")] = 4,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write PATH.json, PATH.md and PATH.png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time the first token of a model of a real size, with and without compression."""
+    with _errors():
+        from tokenfuse.bench.candidates import listed, ratios
+
+        names = listed(strategies or ["ttf"])
+        shares = ratios(keep_ratio or ["0.33"])
+        height, _, width = grid.partition("x")
+        if not (height.isdecimal() and width.isdecimal()):
+            raise ConfigError(f"--grid {grid} is not of the form rows x columns, as in 16x16")
+        files = _files(out) if out else {}
+        _quiet()
+        _set_threads(threads)
+        from tokenfuse.bench.micro import write
+        from tokenfuse.bench.speed.page import draw, page
+        from tokenfuse.bench.speed.run import speed as run_speed
+
+        with _progress() as say:
+            result = run_speed(
+                names,
+                shares,
+                like=like,
+                source=model,
+                layers=layers or None,
+                vision_layers=vision_layers or None,
+                frames=frames,
+                side=(int(height), int(width)),
+                batch=batch,
+                dtype=dtype,
+                device=device,
+                repeats=repeats,
+                decode_steps=decode_steps,
+                say=say,
+            )
+        if files:
+            write(files[".json"], result.model_dump_json(indent=2) + "\n")
+            write(files[".md"], page(result, shlex.join(["tokenfuse", *sys.argv[1:]])))
+            draw(result, files[".png"])
+    if as_json:
+        print(result.model_dump_json(indent=2))
+    else:
+        from tokenfuse.bench.speed.page import HEAD, about, cells, sentence
+        from tokenfuse.bench.tables import print_cells
+
+        _out.print(escape(about(result)), soft_wrap=True)
+        print_cells(_out, HEAD, [cells(row) for row in result.rows])
+        _out.print(escape(sentence(result)), soft_wrap=True)
+
+
 @app.command()
 def strategies(as_json: Json = False) -> None:
     """List the registered strategies."""

@@ -282,3 +282,31 @@ def test_the_chain_of_all_three_stages():
     assert items[0].tower_tokens[0] < items[0].tokens_before
     assert sum(i.tokens_after for i in items) <= sum(i.tower_tokens[-1] for i in items)
     assert sum(report.layer_tokens[1]) < sum(report.layer_tokens[0]) == report.tokens_after
+
+
+def test_a_cursor_costs_a_little_and_a_hard_cut_a_whole_frame():
+    model, inputs = model_and_inputs("qwen3_vl")
+    t, h, w = inputs["video_grid_thw"][0].tolist()
+    whole = inputs["pixel_values_videos"]
+    places = h * w // 4
+
+    def kept(change):
+        pixels = whole.clone()
+        frames = pixels[: t * h * w].view(t, places, 4, -1)
+        frames[:] = frames[:1].clone()
+        change(frames)
+        given = inputs | {"pixel_values_videos": pixels}
+        return tokenfuse.compress(model, given, "pixelprune").report.items[1].frame_tokens_after
+
+    def cursor(frames):
+        for frame in range(t):
+            frames[frame, frame % places] = 0.25
+
+    def cut(frames):
+        frames[t - 1] = -frames[0] - 0.5
+
+    # Where the cursor is, and where it was.
+    found = kept(cursor)
+    assert found[0] == places
+    assert all(1 <= count <= 2 for count in found[1:])
+    assert kept(cut) == [places] + [0] * (t - 2) + [places]

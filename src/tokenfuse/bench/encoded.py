@@ -30,7 +30,9 @@ class EncodedPrompt:
         """What the vision tower makes of the prompts for this configuration."""
         needs = needs_of(configuration.strategy)
         strategy = configuration.strategy
-        key = (frozenset(needs.items()), strategy if acts_at_tower(strategy) else None)
+        # Options may be lists, which have no hash.
+        early = str(strategy.describe()) if acts_at_tower(strategy) else None
+        key = (frozenset(needs.items()), early)
         if key not in self._seen:
             self._seen[key] = encode_prompt(self.adapter, self.prompt, strategy)
         return self._seen[key]

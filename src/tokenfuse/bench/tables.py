@@ -155,6 +155,16 @@ def print_list(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     print_table(out, table)
 
 
+def print_cells(out: Console, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Rows of texts under their heads; the first column holds names, the others figures."""
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(head):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    print_table(out, table)
+
+
 def print_table(out: Console, table: Table) -> None:
     """Print a table as wide as the terminal, or as it needs where there is none."""
     if out.is_terminal:
