@@ -93,6 +93,15 @@ class Report(BaseModel):
         """Survivors ÷ source tokens over all items, 1.0 where there is none."""
         return self.tokens_after / self.tokens_before if self.tokens_before else 1.0
 
+    @property
+    def tower_tokens(self) -> list[list[int]] | None:
+        """How many visual tokens each vision block has read, block by block and item by item.
+
+        None where no strategy acted there.
+        """
+        read = [item.tower_tokens for item in self.items if item.tower_tokens is not None]
+        return [list(block) for block in zip(*read, strict=True)] or None
+
     @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
     @property
     def layer_average(self) -> float:
@@ -131,12 +140,11 @@ class Report(BaseModel):
                 f"{item.frame_tokens_before} per frame: {frames}"
                 + (f" ({item.reason})" if item.reason else "")
             )
-        read = [item.tower_tokens for item in self.items if item.tower_tokens is not None]
-        if read:
+        if self.tower_tokens is not None:
             saved = flops(self.tower_flops_before), flops(self.tower_flops_after)
             lines.insert(
                 1,
-                f"vision tower  {by_layer(list(zip(*read, strict=True)), 'block')} tokens, "
+                f"vision tower  {by_layer(self.tower_tokens, 'block')} tokens, "
                 f"{' -> '.join(saved)}, chosen in {self.tower_ms:.1f} ms",
             )
         if self.layer_tokens is not None:

@@ -71,6 +71,12 @@ def print_run(out: Console, result: RunResult) -> None:
         f"of which compression itself: matching {flops(report.matching_flops)} in "
         f"{report.plan_ms:.1f} ms, realignment {report.realign_ms:.1f} ms"
     )
+    if report.tower_tokens is not None:
+        saved = flops(report.tower_flops_before), flops(report.tower_flops_after)
+        out.print(
+            f"in the vision tower: visual tokens of {by_layer(report.tower_tokens, 'block')}, "
+            f"{' -> '.join(saved)}, chosen in {report.tower_ms:.1f} ms"
+        )
     if report.layer_tokens is not None:
         out.print(
             f"in the LLM: visual tokens of {by_layer(report.layer_tokens)}, chosen in "
