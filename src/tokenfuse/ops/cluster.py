@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenfuse.ops import CHUNK
+from tokenfuse.ops.select import top_per_row
 from tokenfuse.ops.similarity import to_steps
 
 LARGE = 1e16
@@ -41,11 +42,44 @@ def density_peaks(
     valid points has as many neighbours as points. Points that are not valid get -inf. Never
     synchronises with the host; looks at CHUNK distances at a time.
     """
-    among = valid.sum(-1).clamp_max(neighbours)
-    if most is not None:
-        among = torch.minimum(among, most)
+    among = _among(valid, neighbours, most)
     parts = zip(_parts(points, valid), among.split(_batch(points)), strict=True)
-    return torch.cat([_scores(*part, neighbours, near) for part, near in parts])
+    return torch.cat([_scores(_Squared(x), part, neighbours, near) for (x, part), near in parts])
+
+
+def _among(valid: Tensor, neighbours: int, most: Tensor | None) -> Tensor:
+    """How many neighbours tell the density of the points of each row."""
+    among = valid.sum(-1).clamp_max(neighbours)
+    return among if most is None else torch.minimum(among, most)
+
+
+def density_clusters(
+    points: Float[Tensor, "F n D"],
+    valid: Bool[Tensor, "F n"],
+    counts: Int[Tensor, " F"],
+    neighbours: int,
+    most: Int[Tensor, " F"] | None = None,
+) -> tuple[Bool[Tensor, "F n"], Int[Tensor, "F n"]]:
+    """The ``counts`` best centres of each row, and the index of the nearest one to each point.
+
+    As ``density_peaks`` and ``nearest_centre``, whose distances are computed once where they fit
+    into CHUNK. A centre is its own. Never synchronises with the host.
+    """
+    own = torch.arange(points.shape[1], device=points.device)
+    among = _among(valid, neighbours, most)
+    size = _batch(points)
+    found = []
+    parts = zip(_parts(points, valid), among.split(size), counts.split(size), strict=True)
+    for (x, part), near, number in parts:
+        squared = _Squared(x)
+        centres = top_per_row(_scores(squared, part, neighbours, near), number)
+        nearest = [
+            squared.of(rows).masked_fill(~centres[:, None, :], torch.inf).argmin(-1)
+            for rows in squared.rows
+        ]
+        found.append((centres, torch.where(centres, own, torch.cat(nearest, 1))))
+    best, index = zip(*found, strict=True)
+    return torch.cat(best), torch.cat(index)
 
 
 def nearest_centre(
@@ -101,20 +135,29 @@ def _squared(x: Tensor, y: Tensor) -> Tensor:
     return torch.ldexp(rounded, exponent)
 
 
-def _scores(x: Tensor, valid: Tensor, neighbours: int, among: Tensor) -> Tensor:
-    rows = list(_rows(x))
-    n = x.shape[1]
-    # Twice the products, where they do not fit at once, instead of all the memory.
-    held = [_squared(x, x)] if len(rows) == 1 else None
-    index = torch.arange(n, device=x.device)
+class _Squared:
+    """Squared distances of points, held where they fit at once, else computed when asked for."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x, self.rows = x, list(_rows(x))
+        self._held = _squared(x, x) if len(self.rows) == 1 else None
+
+    def of(self, rows: slice) -> Tensor:
+        """Those of some of the points, ``(F, r, n)``."""
+        return _squared(self._x[:, rows], self._x) if self._held is None else self._held
+
+
+def _scores(held: _Squared, valid: Tensor, neighbours: int, among: Tensor) -> Tensor:
+    n = valid.shape[1]
+    index = torch.arange(n, device=valid.device)
 
     def distances() -> Iterator[tuple[slice, Tensor]]:
-        for i, part in enumerate(rows):
-            yield part, _squared(x[:, part], x) if held is None else held[i]
+        for part in held.rows:
+            yield part, held.of(part)
 
     density, furthest = [], []
     among = among.clamp_min(1)[:, None]
-    rank = torch.arange(min(neighbours, n), device=x.device)
+    rank = torch.arange(min(neighbours, n), device=valid.device)
     for part, squared in distances():
         near = squared.masked_fill(~valid[:, None, :], torch.inf)
         near = near.topk(len(rank), largest=False).values.sort(-1).values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -70,10 +71,20 @@ def cosine(
 
 
 def rowwise(
-    x: Float[Tensor, "n D"], y: Float[Tensor, "n D"], blank: float = NO_MATCH
-) -> Float[Tensor, " n"]:
-    """``cosine`` of each row of ``x`` with the same row of ``y``."""
-    return cosine(x[:, None], y[:, None], blank)[:, 0, 0]
+    x: Float[Tensor, "n *m D"], y: Float[Tensor, "n *m D"], blank: float = NO_MATCH
+) -> Float[Tensor, "n *m"]:
+    """``cosine`` of each row of ``x`` with the same row of ``y``. Neither is copied."""
+    # On a CPU the products stay in cache.
+    held = CHUNK // 64 if on_host(x) else CHUNK
+    size = max(1, held // max(1, prod(x.shape[1:])))
+    pairs = zip(x.split(size), y.split(size), strict=True)
+    return torch.cat([_rowwise(a.to(torch.float32), b.to(torch.float32), blank) for a, b in pairs])
+
+
+def _rowwise(x: Tensor, y: Tensor, blank: float) -> Tensor:
+    x_norm, y_norm = (torch.linalg.vector_norm(each, dim=-1) for each in (x, y))
+    similar = to_steps((x * y).sum(-1).div_(x_norm).div_(y_norm))
+    return torch.where(_is_sound(x_norm) & _is_sound(y_norm), similar, blank)
 
 
 def turned(x: Float[Tensor, "n D"], y: Float[Tensor, "#n D"]) -> Float[Tensor, " n"]:

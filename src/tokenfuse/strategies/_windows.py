@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenfuse.ops.apportion import apportion
-from tokenfuse.ops.cluster import density_peaks, nearest_centre
-from tokenfuse.ops.select import top_per_row, true_indices
+from tokenfuse.ops.cluster import density_clusters
+from tokenfuse.ops.select import true_indices
 from tokenfuse.ops.similarity import rowwise
 from tokenfuse.plan import DROPPED, FusionPlan
 
@@ -153,6 +153,6 @@ def cluster_rows(
     chosen = torch.tensor([counts[i] for i in rows], device=points.device)
     x, mask = (points, valid) if len(rows) == len(counts) else (points[some], valid[some])
     most = chosen if few_neighbours else None
-    best = top_per_row(density_peaks(x, mask, neighbours, most), chosen)
-    own = torch.where(mask, nearest_centre(x, best), DROPPED)
+    best, own = density_clusters(x, mask, chosen, neighbours, most)
+    own = torch.where(mask, own, DROPPED)
     return centres.index_copy(0, some, best), home.index_copy(0, some, own)

@@ -110,7 +110,7 @@ class DyCoke(Budgeted):
 
         kept = torch.zeros(frames.shape[:2], dtype=torch.bool, device=frames.device)
         kept = kept.index_copy(0, first, _even(windows, places, count - changed, frames.device))
-        kept = kept.index_copy(0, later, _least_similar(frames, later, changed))
+        kept = kept.index_copy(0, later, _least_similar(frames, between, changed))
         return FusionPlan.from_survivors(true_indices(kept.flatten(), count), tokens.num_tokens)
 
 
@@ -127,13 +127,16 @@ def _even(rows: int, places: int, count: int, device: torch.device) -> Bool[Tens
     return marks.index_copy(0, spread(more, rows, device), longer.expand(more, -1))
 
 
-def _least_similar(frames: Tensor, later: Tensor, count: int) -> Bool[Tensor, "L P"]:
-    """``count`` places of the frames ``later``, of each the same number as far as that goes."""
+def _least_similar(frames: Tensor, between: int, count: int) -> Bool[Tensor, "L P"]:
+    """``count`` places of the ``between`` frames that are not first, equally many of each."""
+    windows, places = _windows(frames.shape[0]), frames.shape[1]
+    similar = frames.new_zeros(windows, WINDOW - 1, places, dtype=torch.float32)
     # The third frame of a window looks past the second.
-    earlier = torch.where(later % WINDOW == 2, later - 2, later - 1)
-    similar = rowwise(frames[later].flatten(0, 1), frames[earlier].flatten(0, 1), blank=0.0)
-    similar = similar.view(-1, frames.shape[1])
-    each = max(1, count // max(1, later.shape[0]))
+    for number, before in ((1, 0), (2, 0), (3, 2)):
+        own = frames[number::WINDOW]
+        similar[: len(own), number - 1] = rowwise(own, frames[before::WINDOW][: len(own)], 0.0)
+    similar = similar.flatten(0, 1)[:between]
+    each = max(1, count // max(1, between))
     ranks = torch.argsort(torch.argsort(similar, dim=-1, stable=True), dim=-1)
     chosen = torch.argsort((similar + 4 * (ranks >= each)).flatten(), stable=True)[:count]
     marks = torch.zeros(similar.numel(), dtype=torch.bool, device=frames.device)

@@ -9,12 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tokenfuse.ops.cluster import density_peaks
 from tokenfuse.ops.select import top_per_row, true_indices
 from tokenfuse.ops.similarity import nearest, turned
 from tokenfuse.plan import DROPPED, FusionPlan
 from tokenfuse.strategies._base import Attending, Need, Query
 from tokenfuse.strategies._fields import KeepRatio
-from tokenfuse.strategies._windows import cluster_rows, runs, share_out
+from tokenfuse.strategies._windows import runs, share_out
 from tokenfuse.tokens import VisualTokens
 
 NEIGHBOURS = 4
@@ -93,7 +94,8 @@ class FastVID(Attending):
         if with_anchors:
             some = torch.tensor(with_anchors, device=frames.device)
             numbers = [share.anchors[i] for i in with_anchors]
-            anchors, _ = cluster_rows(frames[some], ~kept[some], numbers, NEIGHBOURS)
+            scores = density_peaks(frames[some], ~kept[some], NEIGHBOURS)
+            anchors = top_per_row(scores, torch.tensor(numbers, device=frames.device))
             is_anchor = torch.zeros_like(kept).index_copy(0, some, anchors)
             kept = kept | is_anchor
             for span in share.segments:
