@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import import_module  # matplotlib by name: type checkers run without it
 from pathlib import Path
@@ -101,11 +102,20 @@ def draw(curves: Curves, path: Path) -> None:
     if curves.log:
         _logarithmic(axes, [y for points in lines.values() for _, y in points])
     axes.invert_xaxis()
-    ticks = sorted({round(100 * kept) for points in lines.values() for kept, _ in points})
+    ticks = _apart([round(100 * kept) for points in lines.values() for kept, _ in points])
     if 1 < len(ticks) <= 8:
         axes.set_xticks(ticks)
     _label(figure, axes, lines, styles)
     figure.savefig(path, dpi=150)
+
+
+def _apart(shares: Sequence[int]) -> list[int]:
+    """The commonest shares, without those whose figures would stand on each other."""
+    found: list[int] = []
+    for share, _ in Counter(shares).most_common():
+        if all(abs(share - other) >= 3 for other in found):
+            found.append(share)
+    return sorted(found)
 
 
 def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
