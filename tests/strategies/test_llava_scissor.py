@@ -235,15 +235,25 @@ def test_of_equal_links_that_of_the_lowest_tokens_is_made_first():
 def test_cosines_that_differ_by_side_make_no_cycle(monkeypatch):
     """A pair's two cosines may be rounded apart; every link must still join two components."""
 
-    def round_and_round(unit, roots):
+    def round_and_round(products, roots):
         return torch.ones(3), torch.tensor([1, 2, 0])
 
-    found, first = module._strongest, iter([round_and_round])
-    monkeypatch.setattr(module, "_strongest", lambda *args: next(first, found)(*args))
+    found, first = module._Products.strongest, iter([round_and_round])
+    monkeypatch.setattr(module._Products, "strongest", lambda *args: next(first, found)(*args))
     frames = tokens_of((1, 1, 3), 0).frames.flatten(1, 2)
     weight, one, other = module._spanning_links(frames, -math.inf)
     assert weight.isfinite().sum() == 2
     assert module._join(torch.arange(3), one, other).tolist() == [0, 0, 0]
+
+
+def test_cosines_that_are_held_choose_as_those_that_are_not(monkeypatch):
+    tokens = tokens_of((2, 4, 6), 3)
+    for options in ({"keep_ratio": 0.3}, {}):
+        held = LLaVAScissor(**options).plan(tokens)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "CHUNK", 64)
+            again = LLaVAScissor(**options).plan(tokens)
+        assert torch.equal(held.target, again.target)
 
 
 @pytest.mark.parametrize("n", [2, 3, 64, 577])

@@ -166,12 +166,12 @@ def _spanning_links(frames: Tensor, threshold: float) -> tuple[Tensor, Tensor, T
     links above it, or that many merges in order of weight, would.
     """
     n = frames.shape[0] * frames.shape[1]
-    units, _ = unit(frames)
+    products = _Products(unit(frames)[0])
     index = torch.arange(n, device=frames.device)
     weight = torch.full((n,), -inf, device=frames.device)
     one, other, roots = index, index, index
     while True:
-        found, match = _strongest(units, roots)
+        found, match = products.strongest(roots)
         # Equal weights are ordered by their ends, for both ends alike: so links form no cycle.
         ends = torch.minimum(index, match) * n + torch.maximum(index, match)
         best = torch.full_like(weight, -inf).scatter_reduce(0, roots, found, "amax")
@@ -193,30 +193,48 @@ def _spanning_links(frames: Tensor, threshold: float) -> tuple[Tensor, Tensor, T
         roots = _ends(torch.where(linked, to, index))[roots]
 
 
-def _strongest(units: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
-    """The greatest cosine of each token with any of another component of its frame, and which.
+class _Products:
+    """Cosines of the tokens of each frame, in units of STEP, held where they fit into CHUNK.
 
     ``units (F, n, D)``: tokens of length 1, or 0. Cosines are rounded as elsewhere, and NO_MATCH
-    with a zero vector; ``-inf`` where there is no other component. The lowest index on ties.
+    with a zero vector.
     """
-    count, places, _ = units.shape
-    own = roots.view(count, places)
-    sound = units.any(-1)
-    bias = torch.where(sound, 0.0, NO_MATCH / STEP)
-    rows = max(1, min(places, CHUNK // places))
-    block = max(1, CHUNK // (rows * places))
-    best, match = [], []
-    for f in range(0, count, block):
-        there = slice(f, f + block)
-        found = []
-        for i in range(0, places, rows):
-            part = slice(i, i + rows)
-            similar = torch.baddbmm(bias[there, None], units[there, part] / STEP, units[there].mT)
-            same = own[there, part, None] == own[there, None]
-            found.append(similar.round_().masked_fill_(same, -inf).max(-1))
-        best.append(torch.cat([values for values, _ in found], 1))
-        match.append(torch.cat([index for _, index in found], 1))
-    values = torch.cat(best) * STEP
-    shift = torch.arange(count, device=units.device)[:, None] * places
-    values = torch.where(sound, values, values.clamp_max(NO_MATCH))
-    return values.flatten(), (torch.cat(match) + shift).flatten()
+
+    def __init__(self, units: Tensor) -> None:
+        self.units, self.sound = units, units.any(-1)
+        self._bias = torch.where(self.sound, 0.0, NO_MATCH / STEP)
+        count, places, _ = units.shape
+        rows = max(1, min(places, CHUNK // places))
+        self._block = max(1, CHUNK // (rows * places))
+        self._rows = [slice(i, i + rows) for i in range(0, places, rows)]
+        fits = count * places**2 <= CHUNK
+        self._held = self._of(slice(None), slice(None)) if fits else None
+
+    def _of(self, frames: slice, rows: slice) -> Tensor:
+        own = self.units[frames]
+        return torch.baddbmm(self._bias[frames, None], own[:, rows] / STEP, own.mT).round_()
+
+    def strongest(self, roots: Tensor) -> tuple[Tensor, Tensor]:
+        """The greatest cosine of each token with any of another component of its frame, and which.
+
+        ``-inf`` where there is no other component. The lowest index on ties.
+        """
+        count, places, _ = self.units.shape
+        own = roots.view(count, places)
+        best, match = [], []
+        for f in range(0, count, self._block):
+            there = slice(f, f + self._block)
+            found = []
+            for part in self._rows:
+                same = own[there, part, None] == own[there, None]
+                if self._held is None:
+                    similar = self._of(there, part).masked_fill_(same, -inf)
+                else:
+                    similar = self._held.masked_fill(same, -inf)
+                found.append(similar.max(-1))
+            best.append(torch.cat([values for values, _ in found], 1))
+            match.append(torch.cat([index for _, index in found], 1))
+        values = torch.cat(best) * STEP
+        shift = torch.arange(count, device=values.device)[:, None] * places
+        values = torch.where(self.sound, values, values.clamp_max(NO_MATCH))
+        return values.flatten(), (torch.cat(match) + shift).flatten()
