@@ -1,7 +1,8 @@
 """Time a whole `ttf` plan against one read of the features: ``python benchmarks/matching.py``.
 
 T = 16 frames of 16 × 16 tokens of width 4096, one CPU thread, runs taken in turn, medians. For
-scale, a plain loop over the nine shifts of a 3 × 3 window is timed as well.
+scale, a plain loop over the nine shifts of a 3 × 3 window is timed as well. With ``--all`` every
+strategy makes its plan for a third of the tokens.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from functools import partial
 
 import torch
 
-from tokenfuse import VisualTokens, get_strategy
+from tokenfuse import VisualTokens, get_strategy, list_strategies
 
 GRID, WIDTH = (16, 16, 16), 4096
 
@@ -33,6 +34,7 @@ def shift_loop(frames: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -48,6 +50,17 @@ def main() -> None:
         "ttf reference=previous": partial(get_strategy("ttf", reference="previous").plan, tokens),
         "loop over 9 shifts, no plan": partial(shift_loop, frames),
     }
+    if args.all:
+        saliency, text = torch.rand(tokens.num_tokens), torch.randn(24, WIDTH)
+        tokens = VisualTokens.from_grid(
+            frames, GRID, saliency=saliency.to(frames.dtype), text=text.to(frames.dtype)
+        )
+        jobs = {"one read, features.sum()": tokens.features.sum} | {
+            name: partial(get_strategy(name, keep_ratio=0.33).plan, tokens)
+            for name, entry in list_strategies().items()
+            if entry.cls.stage == "pre_llm" and "keep_ratio" in entry.cls.model_fields
+            if name != "compose"
+        }
     times = {name: [] for name in jobs}
     for run in range(args.runs + 1):
         for name, job in jobs.items():

@@ -210,8 +210,8 @@ CHECKED = {
         "from_survivors": FusionPlan.from_survivors.__func__,
         "from_roots": FusionPlan.from_roots.__func__,
         "frame_counts": FusionPlan.frame_counts,
-        "sizes": FusionPlan.sizes.func,
-        "keep_mask": FusionPlan.keep_mask.func,
+        "sizes": FusionPlan.sizes.fget,
+        "keep_mask": FusionPlan.keep_mask.fget,
     }.items()
 }
 

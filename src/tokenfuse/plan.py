@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -77,13 +76,13 @@ class FusionPlan:
     def is_identity(self) -> bool:
         return self.num_kept == self.num_source and self.frame_order is None
 
-    @cached_property
+    @property
     def sizes(self) -> Int[Tensor, " M"]:
         """How many source tokens each survivor stands for, itself included."""
         ones = torch.ones_like(self.target)
         return self._sum(ones)
 
-    @cached_property
+    @property
     def keep_mask(self) -> Bool[Tensor, " N"]:
         mask = torch.zeros(self.num_source, dtype=torch.bool, device=self.target.device)
         return mask.index_fill(0, self.survivors, True)

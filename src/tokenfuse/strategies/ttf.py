@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
 from math import prod
 from typing import Annotated, ClassVar, Literal
 
@@ -179,6 +178,7 @@ class _Matches:
     def __init__(self, config: TTF, tokens: VisualTokens) -> None:
         self.config = config
         self.there: Tensor | None = None
+        self._mean: Tensor | None = None
         self.frames = self._dense(tokens)
         self.places = tokens.grid[1] * tokens.grid[2]
         self.index = torch.arange(tokens.grid[0], device=tokens.features.device)
@@ -265,14 +265,17 @@ class _Matches:
     def _is_anchor(self) -> Tensor:
         return self.anchor_of == self.index
 
-    @cached_property
+    @property
     def _means(self) -> Tensor:
-        """The mean vector of each frame, ``(T, D)`` fp32."""
-        rows = self.frames.flatten(1, 2)
-        if self.there is None:
-            return rows.mean(1, dtype=torch.float32)
-        count = self.there.view(-1, self.places).sum(-1, keepdim=True)
-        return rows.sum(1, dtype=torch.float32) / count.clamp_min(1)
+        """The mean vector of each frame, ``(T, D)`` fp32, computed once."""
+        if self._mean is None:
+            rows = self.frames.flatten(1, 2)
+            if self.there is None:
+                self._mean = rows.mean(1, dtype=torch.float32)
+            else:
+                count = self.there.view(-1, self.places).sum(-1, keepdim=True)
+                self._mean = rows.sum(1, dtype=torch.float32) / count.clamp_min(1)
+        return self._mean
 
     def _distance(self, group: Tensor) -> Tensor:
         """How far each frame's mean is from the mean of its group's means, by ``turned``, ``(T,)``.

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.ops.select import spread, top, true_indices
+from tokenfuse.ops.select import top, true_indices
 from tokenfuse.ops.similarity import nearest
 from tokenfuse.plan import DROPPED, FusionPlan
 from tokenfuse.strategies._base import Attending, Need
@@ -91,7 +91,8 @@ class VisionZip(Attending):
         if self.keep_ratio is None:
             return [(self.dominant, self.contextual)] * frames
         whole, rest = divmod(count, frames)
-        more = set(spread(rest, frames, torch.device("cpu")).tolist())
+        # As ops.select.spread has it, in Python's numbers.
+        more = {((2 * i + 1) * frames) // (2 * rest) for i in range(rest)}
         return [self._split(whole + (f in more)) for f in range(frames)]
 
     def _split(self, kept: int) -> tuple[int, int]:

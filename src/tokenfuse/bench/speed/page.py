@@ -66,13 +66,12 @@ def cells(row: SpeedRow) -> list[str]:
 def page(result: Speed, command: str) -> str:
     """The page in Markdown."""
     rows = [cells(row) for row in result.rows]
-    best = sentence(result)
     return f"""\
 # Speed
 
 {about(result)}
 
-{best}
+{sentence(result)}
 
 {table(HEAD, rows, left=1).strip()}
 
@@ -93,17 +92,16 @@ $ {command}
 
 
 def sentence(result: Speed) -> str:
-    """What was gained most, in a sentence."""
+    """What the first strategy gains, in a sentence."""
     rows = [row for row in result.rows if row.keep_ratio is not None and row.llm_speedup]
     if not rows:
         return "Nothing was compressed."
-    best = max(rows, key=lambda row: row.llm_speedup or 0)
-    plain = result.rows[0]
+    first, plain = rows[0], result.rows[0]
     share = (plain.vision_ms or 0) / (plain.ttft_ms or 1)
     return (
-        f"`{best.strategy}` at {best.keep_ratio:.0%} of the visual tokens reads the prompt "
-        f"{best.llm_speedup:.1f} times as fast behind the vision tower, {best.of_ideal:.0%} of "
-        f"what its FLOPs allow, and has the first token {best.ttft_speedup:.1f} times as fast in "
+        f"`{first.strategy}` at {first.keep_ratio:.0%} of the visual tokens reads the prompt "
+        f"{first.llm_speedup:.1f} times as fast behind the vision tower, {first.of_ideal:.0%} of "
+        f"what its FLOPs allow, and has the first token {first.ttft_speedup:.1f} times as fast in "
         f"all; the tower is {share:.0%} of the time without compression."
     )
 
