@@ -1,6 +1,7 @@
 """The bench of speed, on models so small that only its arithmetic and its refusals are tested."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from families import FAMILIES
 from tokenfuse.bench.speed import sizes
 from tokenfuse.bench.speed.page import cells, draw, page, sentence
 from tokenfuse.bench.speed.run import Speed, speed
+from tokenfuse.bench.tables import AT_SIZE
 from tokenfuse.cli import app
 from tokenfuse.errors import ConfigError, UnsupportedModelError
 
@@ -126,3 +128,11 @@ def test_the_command(tmp_path):
     done = CliRunner().invoke(app, [*words, "--grid", "16"])
     assert done.exit_code == 2
     assert "rows x columns" in done.output
+
+
+def test_what_the_console_says_of_real_sizes_is_what_was_measured():
+    results = Path(__file__).parents[2] / "docs/results/speed.json"
+    rows = Speed.model_validate_json(results.read_text("utf-8")).rows
+    ttf = next(row for row in rows if row.strategy == "ttf")
+    assert round(ttf.llm_speedup, 1) == AT_SIZE
+    assert ttf.of_ideal > 0.95
