@@ -89,8 +89,8 @@ def print_run(out: Console, result: RunResult) -> None:
     if result.model in MICRO:
         out.print(
             "so small a model says little about time: 4 layers of the size of Qwen3-VL-2B read "
-            f"4,096 visual tokens {AT_SIZE} times as fast with ttf at a third of them, on two CPU cores; "
-            "tokenfuse bench speed measures it here",
+            f"4,096 visual tokens {AT_SIZE} times as fast with ttf at a third of them, on two CPU "
+            "cores; tokenfuse bench speed measures it here",
             soft_wrap=True,
         )
     for hint in dict.fromkeys(item.hint for item in report.items if item.hint):
