@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenfuse.errors import PlanError
+from tokenfuse.ops import CHUNK
 from tokenfuse.tokens import Grid
 
 Reduce = Literal["mean", "keep"]
@@ -23,8 +24,9 @@ class FusionPlan:
     ``survivors``: ``(M,)`` long, strictly increasing source indices of the tokens that stay.
     ``target``: ``(N,)`` long, the survivor slot in ``0..M-1`` that each source token belongs to,
     or -1 where it was dropped. ``frame_order``: ``(T,)`` long, the order in which the frames stand
-    in the prompt; None for the order of time. Survivors, targets and all that a plan is applied to
-    stay in the order of the source whatever it says.
+    in the prompt; None for the order of time. ``drops``: whether nothing is fused, so that each
+    survivor stands for itself alone; False where that is not known. Survivors, targets and all that
+    a plan is applied to stay in the order of the source, whatever it says.
 
     Making and applying a plan never synchronises with the host; ``check`` does.
     """
@@ -32,19 +34,20 @@ class FusionPlan:
     survivors: Int[Tensor, " M"]
     target: Int[Tensor, " N"]
     frame_order: Int[Tensor, " T"] | None = field(default=None, kw_only=True)
+    drops: bool = field(default=False, kw_only=True)
 
     @classmethod
     def identity(cls, n: int, device: torch.device | None = None) -> FusionPlan:
         """The plan that keeps all ``n`` tokens."""
         index = torch.arange(n, device=device)
-        return cls(index, index)
+        return cls(index, index, drops=True)
 
     @classmethod
     def from_survivors(cls, survivors: Int[Tensor, " M"], n: int) -> FusionPlan:
         """The plan that keeps ``survivors`` (strictly increasing) of ``n`` and drops the rest."""
         target = torch.full((n,), DROPPED, dtype=torch.long, device=survivors.device)
         slots = torch.arange(survivors.shape[0], device=survivors.device)
-        return cls(survivors, target.scatter(0, survivors, slots))
+        return cls(survivors, target.scatter(0, survivors, slots), drops=True)
 
     @classmethod
     def from_roots(cls, survivors: Int[Tensor, " M"], roots: Int[Tensor, " N"]) -> FusionPlan:
@@ -118,12 +121,18 @@ class FusionPlan:
 
         Raises PlanError if ``x`` has not N rows.
         """
-        if reduce == "keep" or self.is_identity:
+        if reduce == "keep" or self.is_identity or self.drops:
             return self.select(x)
         _check_rows(x, self.num_source)
-        wide, share = _wide(x)
-        total = self._sum(wide)
-        return (total / (_column(self.sizes, x).to(wide) * share)).to(x.dtype)
+        sizes = self.sizes[:, None]
+        # Some columns at a time: fp32 copies of all would be larger than what they are for.
+        rows = x.flatten(1) if x.ndim > 1 else x[:, None]
+        parts = []
+        for part in rows.split(max(1, CHUNK // rows.shape[0]), 1):
+            wide, share = _wide(part)
+            parts.append((self._sum(wide) / (sizes.to(wide) * share)).to(x.dtype))
+        fused = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return fused.view(self.num_kept, *x.shape[1:])
 
     def absorbed(self, x: Float[Tensor, "N ..."]) -> Float[Tensor, "M ..."]:
         """The mean of the tokens that belong to each survivor, itself left out; 0 without any.
@@ -162,7 +171,8 @@ class FusionPlan:
         moved = then.target[self.target.clamp_min(0)]
         target = torch.where(self.target == DROPPED, self.target, moved)
         order = self.frame_order if then.frame_order is None else then.frame_order
-        return FusionPlan(self.survivors[then.survivors], target, frame_order=order)
+        drops = self.drops and then.drops
+        return FusionPlan(self.survivors[then.survivors], target, frame_order=order, drops=drops)
 
     def check(self, n: int, frames: int | None = None) -> None:
         """Raise PlanError unless this is a valid plan for ``n`` tokens.
@@ -192,6 +202,7 @@ class FusionPlan:
                 (s[1:] > s[:-1]).all(),
                 (t >= DROPPED).all() & (t < m).all(),
                 (t[s.clamp(0, n - 1)] == slots).all(),
+                (t >= 0).sum() <= (m if self.drops else n),
             ]
         )
         broken = [text for text, ok in zip(_RULES, rules.tolist(), strict=True) if not ok]
@@ -246,4 +257,5 @@ _RULES = (
     "survivors must be strictly increasing",
     "targets must lie in -1..M-1",
     "each survivor must be its own target",
+    "a plan that drops must not fuse",
 )

@@ -11,8 +11,11 @@ import sys
 import pytest
 import torch
 
-from tokenfuse import VisualTokens, get_strategy
+from tokenfuse import VisualTokens, get_strategy, plan
+from tokenfuse.bench.memory import peak_memory
+from tokenfuse.ops import similarity, window
 from tokenfuse.registry import default_registry
+from tokenfuse.strategies import vidcom2
 
 GRID = (5, 4, 4)
 READS = {
@@ -114,3 +117,30 @@ def test_keep_ratio_mode_is_one_graph():
     found = dict(line.split() for line in done.stdout.splitlines())
     assert found.keys() == set(QUIET)
     assert {name for name, said in found.items() if said != "same"} == NOT_WHOLE.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in ("attention", "dycoke", "evs", "frame_subsample", "random")),
+        *((name, {}) for name in ("ttf", "uniform", "vcast", "vidcom2")),
+        ("ttf", {"reference": "previous"}),
+        ("ttf", {"reduce": "mean"}),
+    ],
+)
+def test_memory_is_that_of_the_input(name, options, dtype, monkeypatch):
+    """A plan and what is fused by it take no more than a tenth over the features of a long video.
+
+    What is held at a time is made as small beside this video as it is beside a really long one.
+    """
+    for module in (plan, similarity, vidcom2, window):
+        monkeypatch.setattr(module, "CHUNK", 2**17)
+    strategy = get_strategy(name, keep_ratio=0.33, **options)
+    features = torch.randn(128 * 36, 512).to(dtype)
+    tokens = VisualTokens.from_grid(
+        features, (128, 6, 6), saliency=torch.rand(128 * 36), check=False
+    )
+    with peak_memory(features.device) as peak:
+        strategy.fuse(strategy.plan(tokens), features)
+    assert peak() <= 1.1 * features.numel() * features.element_size()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokenfuse.ops import CHUNK
 from tokenfuse.ops.similarity import NO_MATCH, cosine, on_host
 
 NEIGHBOURS = [(i, j) for i in range(3) for j in range(3) if (i, j) != (1, 1)]
@@ -31,23 +34,28 @@ def window_match(
     reach = window // 2
     # Few large products suit a GPU; on a CPU a small tile stays in cache and wastes less.
     tile = 4 if on_host(frames) else 16
+    # So many frames at a time that what is copied of a tile and its surroundings is bounded.
+    step = max(1, CHUNK // ((tile + 2 * reach) ** 2 * frames.shape[-1]))
     similarity = frames.new_empty((count, height, width), dtype=torch.float32)
     own = torch.empty_like(similarity)
     index = torch.empty((count, height, width), dtype=torch.long, device=frames.device)
-    for top in range(0, height, tile):
-        for left in range(0, width, tile):
-            rows = slice(top, min(top + tile, height))
-            cols = slice(left, min(left + tile, width))
-            near_rows = slice(max(0, top - reach), min(height, rows.stop + reach))
-            near_cols = slice(max(0, left - reach), min(width, cols.stop + reach))
-            # Widening a slice copies it, after which flattening is free.
-            queries = frames[:, rows, cols].to(torch.float32)
-            near = frames[:, near_rows, near_cols].index_select(0, reference).to(torch.float32)
-            similar = cosine(queries.flatten(1, 2), near.flatten(1, 2))
-            best, place, here = _best(similar, rows, cols, near_rows, near_cols, reach, width)
-            similarity[:, rows, cols] = best.view(queries.shape[:3])
-            own[:, rows, cols] = here.view(queries.shape[:3])
-            index[:, rows, cols] = place.view(queries.shape[:3])
+    for start, top, left in product(
+        range(0, count, step), range(0, height, tile), range(0, width, tile)
+    ):
+        part = slice(start, start + step)
+        rows = slice(top, min(top + tile, height))
+        cols = slice(left, min(left + tile, width))
+        near_rows = slice(max(0, top - reach), min(height, rows.stop + reach))
+        near_cols = slice(max(0, left - reach), min(width, cols.stop + reach))
+        # Widening a slice copies it, after which flattening is free.
+        queries = frames[part, rows, cols].to(torch.float32)
+        of = reference if reference.shape[0] == 1 else reference[part]
+        near = frames[:, near_rows, near_cols].index_select(0, of).to(torch.float32)
+        similar = cosine(queries.flatten(1, 2), near.flatten(1, 2))
+        best, place, here = _best(similar, rows, cols, near_rows, near_cols, reach, width)
+        similarity[part, rows, cols] = best.view(queries.shape[:3])
+        own[part, rows, cols] = here.view(queries.shape[:3])
+        index[part, rows, cols] = place.view(queries.shape[:3])
     return similarity, index, own
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenfuse.ops.apportion import apportion
 from tokenfuse.ops.select import top_per_row, true_indices
-from tokenfuse.ops.similarity import STEP, cosine, rowwise, to_steps
+from tokenfuse.ops.similarity import STEP, rowwise, to_steps
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.strategies._fields import KeepRatio
@@ -61,7 +61,7 @@ class VCast(Budgeted):
         weights = torch.softmax(_curvature(means) / self.temperature, dim=0)
         counts = apportion(weights, count, frames.shape[1], least=1)
 
-        unlike = 1 - cosine(frames, means[:, None], blank=0.0)[..., 0]
+        unlike = 1 - rowwise(frames, means[:, None].expand(frames.shape), blank=0.0)
         kept = top_per_row(unlike + _relative_length(frames), counts)
         return FusionPlan.from_survivors(true_indices(kept.flatten(), count), tokens.num_tokens)
 
@@ -81,7 +81,7 @@ def _curvature(means: Float[Tensor, "T D"]) -> Float[Tensor, " T"]:
 
 def _relative_length(frames: Float[Tensor, "T P D"]) -> Float[Tensor, "T P"]:
     """Lengths between the least and the greatest of the frame, 0..1, in multiples of STEP."""
-    length = torch.linalg.vector_norm(frames.to(torch.float32), dim=-1)
+    length = torch.linalg.vector_norm(frames, dim=-1, dtype=torch.float32)
     least, greatest = length.aminmax(dim=-1, keepdim=True)
     differs = greatest - least > STEP * greatest
     share = (length - least) / torch.where(differs, greatest - least, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -9,7 +10,9 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from tokenfuse.ops import CHUNK
 from tokenfuse.ops.select import top_per_row
+from tokenfuse.ops.similarity import on_host
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.strategies._fields import KeepRatio
@@ -57,13 +60,22 @@ class VidCom2(Budgeted):
     )
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
-        x = tokens.frames.flatten(1, 2).to(torch.float32)
-        x = x[..., self._steadiest(x)]
-        x = torch.nn.functional.normalize(x, dim=-1)
-        in_video = _strangeness(x, x.mean((0, 1), keepdim=True))
-        strange = _in_bits(in_video + _strangeness(x, x.mean(1, keepdim=True)))
+        frames = tokens.frames.flatten(1, 2)
+        channels = self._steadiest(frames)
 
-        counts = (self._scales(in_video) * x.shape[1]).round().long().clamp_min(1)
+        def parts() -> Iterator[Tensor]:
+            for part in _split(frames):
+                yield torch.nn.functional.normalize(part[..., channels].float(), dim=-1)
+
+        means = torch.cat([x.mean(1, keepdim=True) for x in parts()])
+        centre = means.mean(0, keepdim=True)
+        found = []
+        for x, mean in zip(parts(), means.split(_size(frames)), strict=True):
+            found.append(torch.stack([_strangeness(x, centre), _strangeness(x, mean)]))
+        in_video, in_frame = torch.cat(found, 1)
+        strange = _in_bits(in_video + in_frame)
+
+        counts = (self._scales(in_video) * frames.shape[1]).round().long().clamp_min(1)
         kept = top_per_row(strange, counts)
         floor = top_per_row(strange, torch.ones_like(counts))
         # Each frame's strangest token first, then what the frames' shares hold, then the rest.
@@ -80,16 +92,29 @@ class VidCom2(Budgeted):
     def _compared(self, width: int) -> int:
         return max(1, int(self.channels * width))
 
-    def _steadiest(self, x: Float[Tensor, "T P D"]) -> Int[Tensor, " C"]:
+    def _steadiest(self, frames: Float[Tensor, "T P D"]) -> Int[Tensor, " C"]:
         """The channels of least variance, the lowest on ties."""
-        width = x.shape[-1]
-        spread = x.var((0, 1), correction=0)
+        width, n = frames.shape[-1], frames.shape[0] * frames.shape[1]
+        mean = torch.stack([x.sum((0, 1), dtype=torch.float32) for x in _split(frames)]).sum(0) / n
+        squares = [(x.float() - mean).square_().sum((0, 1)) for x in _split(frames)]
+        spread = torch.stack(squares).sum(0)
         return torch.argsort(spread, stable=True)[: self._compared(width)].sort().values
 
     def _scales(self, in_video: Float[Tensor, "T P"]) -> Float[Tensor, " T"]:
         """The share of each frame's tokens that its uniqueness entitles it to."""
         p = torch.softmax(in_video.mean(-1) / self.temperature, dim=0)
         return (self.keep_ratio * (1 + p - p.mean())).clamp_max(1)
+
+
+def _size(frames: Tensor) -> int:
+    """How many frames are looked at at a time. On a CPU what is computed of them stays in cache."""
+    held = CHUNK // 64 if on_host(frames) else CHUNK
+    return max(1, held // max(1, frames.shape[1] * frames.shape[2]))
+
+
+def _split(frames: Tensor) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = frames.split(_size(frames))
+    return parts
 
 
 def _strangeness(
