@@ -73,6 +73,7 @@ def test_what_failed_and_what_was_not_run_is_said():
         "deepstack": True,
         "saliency": False,
         "inside": "sliding windows",
+        "tower": None,
         "passed": 7,
         "skipped": 2,
         "failed": 1,

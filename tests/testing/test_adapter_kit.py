@@ -212,7 +212,9 @@ def test_a_broken_road_is_caught_by_name(mutate, monkeypatch):
 
 
 def test_frames_that_are_items_are_caught_by_one_test_alone():
-    assert list(outcomes(kit_of(FramesApart))) == [CAUGHT[FramesApart]]
+    caught = outcomes(kit_of(FramesApart))
+    # What acts inside the tower cannot tell its items from such spans either.
+    assert [name for name in caught if "tower" not in name] == [CAUGHT[FramesApart]]
 
 
 def test_future_tokens_that_are_seen_are_caught_by_name():
