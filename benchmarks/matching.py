@@ -9,10 +9,12 @@ import argparse
 import statistics
 import time
 from functools import partial
+from typing import get_args
 
 import torch
 
 from tokenfuse import VisualTokens, get_strategy, list_strategies
+from tokenfuse.ops.window import Kernel, using_kernel
 
 GRID, WIDTH = (16, 16, 16), 4096
 
@@ -35,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--kernel", choices=get_args(Kernel), default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -65,7 +68,8 @@ def main() -> None:
     for run in range(args.runs + 1):
         for name, job in jobs.items():
             began = time.perf_counter()
-            job()
+            with using_kernel(args.kernel):
+                job()
             if run:
                 times[name].append((time.perf_counter() - began) * 1e3)
     read = statistics.median(times["one read, features.sum()"])

@@ -10,11 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenfuse.errors import PlanError
-from tokenfuse.ops import CHUNK
 from tokenfuse.tokens import Grid
 
 Reduce = Literal["mean", "keep"]
 DROPPED = -1
+AT_A_TIME = 2**24
+"""Numbers that are fused at a time: 64 MiB of them in fp32."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -128,7 +129,7 @@ class FusionPlan:
         # Some columns at a time: fp32 copies of all would be larger than what they are for.
         rows = x.flatten(1) if x.ndim > 1 else x[:, None]
         parts = []
-        for part in rows.split(max(1, CHUNK // rows.shape[0]), 1):
+        for part in rows.split(max(1, AT_A_TIME // rows.shape[0]), 1):
             wide, share = _wide(part)
             parts.append((self._sum(wide) / (sizes.to(wide) * share)).to(x.dtype))
         fused = parts[0] if len(parts) == 1 else torch.cat(parts, 1)

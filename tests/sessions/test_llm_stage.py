@@ -345,7 +345,10 @@ REFUSED = {
         {"strategy": "pyramiddrop", "layers": [1, 2], "keep_ratio": [0.5]},
         "1 value.s. for 2 layer.s.",
     ),
-    "order": ({"compose": [{"strategy": "fastv"}, "ttf"]}, "fastv acts inside the LLM, and ttf behind it"),
+    "order": (
+        {"compose": [{"strategy": "fastv"}, "ttf"]},
+        "fastv acts inside the LLM, and ttf behind it",
+    ),
     "twice": (
         {"compose": [{"strategy": "fastv", "layer": 2}, {"strategy": "uniform", "layer": 2}]},
         "expected each layer once",

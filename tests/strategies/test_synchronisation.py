@@ -134,7 +134,8 @@ def test_memory_is_that_of_the_input(name, options, dtype, monkeypatch):
 
     What is held at a time is made as small beside this video as it is beside a really long one.
     """
-    for module in (plan, similarity, vidcom2, window):
+    monkeypatch.setattr(plan, "AT_A_TIME", 2**17)
+    for module in (similarity, vidcom2, window):
         monkeypatch.setattr(module, "CHUNK", 2**17)
     strategy = get_strategy(name, keep_ratio=0.33, **options)
     features = torch.randn(128 * 36, 512).to(dtype)

@@ -42,11 +42,11 @@ def unit(x: Float[Tensor, "*n D"]) -> tuple[Float[Tensor, "*n D"], Bool[Tensor, 
     """
     wide = x.to(torch.float32)
     norm = torch.linalg.vector_norm(wide, dim=-1)
-    sound = _is_sound(norm)
+    sound = is_sound(norm)
     return torch.where(sound[..., None], wide / norm[..., None], 0.0), sound.logical_not()
 
 
-def _is_sound(norm: Tensor) -> Tensor:
+def is_sound(norm: Float[Tensor, "*n"]) -> Bool[Tensor, "*n"]:
     """Whether fp32 holds the squares of vectors of this length, and they are not zero."""
     return (norm > 1e-17) & (norm < 1e18)
 
@@ -66,7 +66,7 @@ def cosine(
     else:
         dots = q @ r.mT
     similar = to_steps(dots.div_(q_norm[:, :, None]).div_(r_norm[:, None, :]))
-    exists = _is_sound(q_norm)[:, :, None] & _is_sound(r_norm)[:, None, :]
+    exists = is_sound(q_norm)[:, :, None] & is_sound(r_norm)[:, None, :]
     return torch.where(exists, similar, blank)
 
 
@@ -84,7 +84,7 @@ def rowwise(
 def _rowwise(x: Tensor, y: Tensor, blank: float) -> Tensor:
     x_norm, y_norm = (torch.linalg.vector_norm(each, dim=-1) for each in (x, y))
     similar = to_steps((x * y).sum(-1).div_(x_norm).div_(y_norm))
-    return torch.where(_is_sound(x_norm) & _is_sound(y_norm), similar, blank)
+    return torch.where(is_sound(x_norm) & is_sound(y_norm), similar, blank)
 
 
 def turned(x: Float[Tensor, "n D"], y: Float[Tensor, "#n D"]) -> Float[Tensor, " n"]:

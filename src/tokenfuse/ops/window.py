@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import product
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokenfuse.errors import ConfigError
 from tokenfuse.ops import CHUNK
+from tokenfuse.ops._shifts import by_shifts, compiled
 from tokenfuse.ops.similarity import NO_MATCH, cosine, on_host
 
+Kernel = Literal["auto", "tiles", "shifts", "compiled", "triton"]
+_chosen = ["auto"]
+"""The kernel of this process; a list, so that a block can bring back the one before."""
 NEIGHBOURS = [(i, j) for i in range(3) for j in range(3) if (i, j) != (1, 1)]
 """Where the 8 places around one stand in a grid that is padded by one."""
+
+
+@contextmanager
+def using_kernel(name: Kernel | str) -> Iterator[None]:
+    """Let ``window_match`` use one kernel inside the block, in all threads of the process.
+
+    ``"tiles"``: products of tiles of the grid, on every device. ``"shifts"``: one shift of the
+    window after the other, clear and slow, what others are held against. ``"compiled"``: the same
+    by ``torch.compile``, which takes a while for each new shape. ``"triton"``: one kernel for GPUs.
+    ``"auto"``: tiles. All give the same, but for cosines in the middle between two steps.
+
+    Raises ConfigError for an unknown name, and where Triton is not installed.
+    """
+    if name not in get_args(Kernel):
+        raise ConfigError(f"kernel {name!r} is none of {', '.join(get_args(Kernel))}")
+    if name == "triton" and find_spec("triton") is None:
+        raise ConfigError("kernel triton needs Triton, which comes with torch for CUDA; use auto")
+    _chosen.append(name)
+    try:
+        yield
+    finally:
+        _chosen.remove(name)
 
 
 def window_match(
@@ -27,9 +58,19 @@ def window_match(
     frame, and the cosine with the token's own place there, fp32. On ties the first place in
     row-major order wins. A zero vector matches nothing: similarity NO_MATCH and its own place.
 
-    Tiles of the grid are compared with their neighbourhood in one product each, so that the
-    features are read once and the work grows with the window, not with the grid.
+    By the kernel of ``using_kernel``; by default tiles of the grid are compared with their
+    neighbourhood in one product each, so that the features are read once and the work grows with
+    the window, not with the grid.
     """
+    kernel = _chosen[-1]
+    if kernel == "shifts":
+        return by_shifts(frames, reference, window)
+    if kernel == "compiled":
+        return compiled()(frames, reference, window)
+    if kernel == "triton":
+        from tokenfuse.ops._triton import by_triton
+
+        return by_triton(frames, reference, window)
     count, height, width, _ = frames.shape
     reach = window // 2
     # Few large products suit a GPU; on a CPU a small tile stays in cache and wastes less.
