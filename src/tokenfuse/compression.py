@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -587,6 +588,11 @@ def _items(
     ``inside``: whether tokens go inside the LLM too, so that an item that is whole is not yet left
     alone.
     """
+    # One host synchronisation for all items.
+    left = torch.cat(
+        [plan.frame_counts(x.grid) for plan, x in zip(plans, part.items, strict=True)]
+    ).tolist()
+    ends = [0, *itertools.accumulate(tokens.grid[0] for tokens in part.items)]
     return [
         Item(
             part.modality,
@@ -597,7 +603,7 @@ def _items(
                 grid=tokens.grid,
                 tokens_before=plan.num_source,
                 tokens_after=plan.num_kept,
-                frame_tokens_after=plan.frame_counts(tokens.grid).tolist(),
+                frame_tokens_after=left[ends[i] : ends[i + 1]],
                 tower_tokens=None if part.costs is None else part.costs.tokens[i],
                 matching_flops=0
                 if strategy is None
