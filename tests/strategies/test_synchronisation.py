@@ -15,7 +15,6 @@ from tokenfuse import VisualTokens, get_strategy, plan
 from tokenfuse.bench.memory import peak_memory
 from tokenfuse.ops import similarity, window
 from tokenfuse.registry import default_registry
-from tokenfuse.strategies import vidcom2
 
 GRID = (5, 4, 4)
 READS = {
@@ -135,7 +134,7 @@ def test_memory_is_that_of_the_input(name, options, dtype, monkeypatch):
     What is held at a time is made as small beside this video as it is beside a really long one.
     """
     monkeypatch.setattr(plan, "AT_A_TIME", 2**17)
-    for module in (similarity, vidcom2, window):
+    for module in (similarity, window):
         monkeypatch.setattr(module, "CHUNK", 2**17)
     strategy = get_strategy(name, keep_ratio=0.33, **options)
     features = torch.randn(128 * 36, 512).to(dtype)

@@ -296,7 +296,7 @@ class PackedStage(TowerStage):
             states = self._cut(self.cuts[number], states)
         lengths = kwargs["cu_seqlens"]
         changed = {name: self._short(name, value) for name, value in kwargs.items()}
-        squares = tuple((x.diff().double() ** 2).sum() for x in (lengths, changed["cu_seqlens"]))
+        squares = tuple(x.diff().float().square().sum() for x in (lengths, changed["cu_seqlens"]))
         self._note(number, (len(self.order) * self.group, len(states)), squares)
         self._states.append((self.places, self.target))
         self._due += self.sized is not None and self.sized.sizes is not None

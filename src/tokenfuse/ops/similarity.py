@@ -70,14 +70,20 @@ def cosine(
     return torch.where(exists, similar, blank)
 
 
+def in_parts(x: Float[Tensor, "n *m"]) -> Iterator[Tensor]:
+    """``x`` in parts along its first axis: what is computed of one in fp32 is bounded.
+
+    On a CPU it stays in cache.
+    """
+    held = CHUNK // 64 if on_host(x) else CHUNK
+    return iter(x.split(max(1, held // max(1, prod(x.shape[1:])))))
+
+
 def rowwise(
     x: Float[Tensor, "n *m D"], y: Float[Tensor, "n *m D"], blank: float = NO_MATCH
 ) -> Float[Tensor, "n *m"]:
     """``cosine`` of each row of ``x`` with the same row of ``y``. Neither is copied."""
-    # On a CPU the products stay in cache.
-    held = CHUNK // 64 if on_host(x) else CHUNK
-    size = max(1, held // max(1, prod(x.shape[1:])))
-    pairs = zip(x.split(size), y.split(size), strict=True)
+    pairs = zip(in_parts(x), in_parts(y), strict=True)
     return torch.cat([_rowwise(a.to(torch.float32), b.to(torch.float32), blank) for a, b in pairs])
 
 

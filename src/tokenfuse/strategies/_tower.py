@@ -108,8 +108,8 @@ def merged(
     plan: FusionPlan, x: Float[Tensor, "V ..."], sizes: Int[Tensor, " V"]
 ) -> Float[Tensor, "M ..."]:
     """States after a plan: means weighted by ``sizes``, or as a WeighedPlan says."""
-    if plan.num_kept == plan.num_source:
-        return x
+    if plan.drops:
+        return plan.select(x)
     weighed = plan if isinstance(plan, WeighedPlan) else None
     if weighed is None:
         weighed = WeighedPlan(plan.survivors, plan.target, sizes.to(x.dtype).float())

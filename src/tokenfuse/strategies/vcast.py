@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenfuse.ops.apportion import apportion
 from tokenfuse.ops.select import top_per_row, true_indices
-from tokenfuse.ops.similarity import STEP, rowwise, to_steps
+from tokenfuse.ops.similarity import STEP, in_parts, rowwise, to_steps
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.strategies._fields import KeepRatio
@@ -81,7 +81,8 @@ def _curvature(means: Float[Tensor, "T D"]) -> Float[Tensor, " T"]:
 
 def _relative_length(frames: Float[Tensor, "T P D"]) -> Float[Tensor, "T P"]:
     """Lengths between the least and the greatest of the frame, 0..1, in multiples of STEP."""
-    length = torch.linalg.vector_norm(frames, dim=-1, dtype=torch.float32)
+    parts = in_parts(frames)
+    length = torch.cat([torch.linalg.vector_norm(x.to(torch.float32), dim=-1) for x in parts])
     least, greatest = length.aminmax(dim=-1, keepdim=True)
     differs = greatest - least > STEP * greatest
     share = (length - least) / torch.where(differs, greatest - least, 1)

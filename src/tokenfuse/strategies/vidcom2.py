@@ -10,9 +10,8 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.ops import CHUNK
 from tokenfuse.ops.select import top_per_row
-from tokenfuse.ops.similarity import on_host
+from tokenfuse.ops.similarity import in_parts
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.strategies._fields import KeepRatio
@@ -64,13 +63,13 @@ class VidCom2(Budgeted):
         channels = self._steadiest(frames)
 
         def parts() -> Iterator[Tensor]:
-            for part in _split(frames):
+            for part in in_parts(frames):
                 yield torch.nn.functional.normalize(part[..., channels].float(), dim=-1)
 
-        means = torch.cat([x.mean(1, keepdim=True) for x in parts()])
-        centre = means.mean(0, keepdim=True)
+        means = [x.mean(1, keepdim=True) for x in parts()]
+        centre = torch.cat(means).mean(0, keepdim=True)
         found = []
-        for x, mean in zip(parts(), means.split(_size(frames)), strict=True):
+        for x, mean in zip(parts(), means, strict=True):
             found.append(torch.stack([_strangeness(x, centre), _strangeness(x, mean)]))
         in_video, in_frame = torch.cat(found, 1)
         strange = _in_bits(in_video + in_frame)
@@ -95,8 +94,10 @@ class VidCom2(Budgeted):
     def _steadiest(self, frames: Float[Tensor, "T P D"]) -> Int[Tensor, " C"]:
         """The channels of least variance, the lowest on ties."""
         width, n = frames.shape[-1], frames.shape[0] * frames.shape[1]
-        mean = torch.stack([x.sum((0, 1), dtype=torch.float32) for x in _split(frames)]).sum(0) / n
-        squares = [(x.float() - mean).square_().sum((0, 1)) for x in _split(frames)]
+        mean = (
+            torch.stack([x.sum((0, 1), dtype=torch.float32) for x in in_parts(frames)]).sum(0) / n
+        )
+        squares = [(x.float() - mean).square_().sum((0, 1)) for x in in_parts(frames)]
         spread = torch.stack(squares).sum(0)
         return torch.argsort(spread, stable=True)[: self._compared(width)].sort().values
 
@@ -104,17 +105,6 @@ class VidCom2(Budgeted):
         """The share of each frame's tokens that its uniqueness entitles it to."""
         p = torch.softmax(in_video.mean(-1) / self.temperature, dim=0)
         return (self.keep_ratio * (1 + p - p.mean())).clamp_max(1)
-
-
-def _size(frames: Tensor) -> int:
-    """How many frames are looked at at a time. On a CPU what is computed of them stays in cache."""
-    held = CHUNK // 64 if on_host(frames) else CHUNK
-    return max(1, held // max(1, frames.shape[1] * frames.shape[2]))
-
-
-def _split(frames: Tensor) -> tuple[Tensor, ...]:
-    parts: tuple[Tensor, ...] = frames.split(_size(frames))
-    return parts
 
 
 def _strangeness(
