@@ -161,7 +161,7 @@ def compress(
             "attention: proportional acts while the model reads and answers, which compress does "
             "not see; expected attention: plain, or use attach"
         )
-    refuse_unmet_needs(adapter, chosen)
+    refuse_unmet_needs(adapter, chosen, frames_as_images)
     wanted = torch.is_grad_enabled()
     # Users answer with generate, which keeps nothing for a backward pass; neither must this.
     with torch.set_grad_enabled(wanted and model.training):
@@ -242,7 +242,6 @@ def compress_prompt(
     watch = Stopwatch(adapter.model.device)
     strategy = configuration.strategy
     inside = acts_inside(strategy)
-    elsewhere = inside or acts_at_tower(strategy)
     if not prompt.shows:
         return _unchanged(adapter, prompt, configuration, observe)
     if encoded is None:
@@ -280,9 +279,7 @@ def compress_prompt(
     if after is not None:
         refuse_a_gap(adapter, short.valid[:, after.ids.shape[1] :])
     items = [
-        item
-        for part in encoded
-        for item in _items(part, made[part.modality], strategy.for_modality(part.kind), elsewhere)
+        item for part in encoded for item in _items(part, made[part.modality], strategy, inside)
     ]
     turn = replace(
         short.turn,
@@ -331,13 +328,25 @@ def compress_prompt(
     return CompressedInputs(arguments, report, turn.columns, turn)
 
 
-def refuse_unmet_needs(adapter: Adapter, configuration: Configuration) -> None:
-    """Raise UnsupportedModelError unless the strategy can run before this model's LLM."""
+def refuse_unmet_needs(
+    adapter: Adapter, configuration: Configuration, frames_as_images: bool = False
+) -> None:
+    """Raise UnsupportedModelError unless the strategy can run before this model's LLM.
+
+    ``frames_as_images``: as for ``compress``. Raises ConfigError where it does not go together with
+    the strategy.
+    """
     if configuration.attention == "proportional":
         refuse_fused_kernels(adapter.model)
     strategy = configuration.strategy
     if acts_at_tower(strategy):
         _refuse_tower(adapter, strategy)
+        if frames_as_images:
+            raise ConfigError(
+                "images are shown as the frames of a video, which the vision tower reads one by "
+                f"one, and strategy {strategy.name} acts before or inside it; expected "
+                "frames_as_images=False, or a strategy that acts behind the tower"
+            )
     for part in (strategy, *_parts(strategy).values()):
         if part.stage == "vit":
             raise UnsupportedModelError(
@@ -581,7 +590,7 @@ def _fused(
 
 
 def _items(
-    part: Encoded, plans: Sequence[FusionPlan], strategy: Strategy | None, inside: bool
+    part: Encoded, plans: Sequence[FusionPlan], strategy: Strategy, inside: bool
 ) -> list[Item]:
     """What has become of each item of one modality.
 
@@ -592,6 +601,7 @@ def _items(
     left = torch.cat(
         [plan.frame_counts(x.grid) for plan, x in zip(plans, part.items, strict=True)]
     ).tolist()
+    by = strategy.for_modality(part.kind)
     ends = [0, *itertools.accumulate(tokens.grid[0] for tokens in part.items)]
     return [
         Item(
@@ -605,11 +615,13 @@ def _items(
                 tokens_after=plan.num_kept,
                 frame_tokens_after=left[ends[i] : ends[i + 1]],
                 tower_tokens=None if part.costs is None else part.costs.tokens[i],
+                tower_flops_before=0 if part.costs is None else part.costs.flops_before[i],
+                tower_flops_after=0 if part.costs is None else part.costs.flops_after[i],
                 matching_flops=0
-                if strategy is None
-                else strategy.matching_flops(tokens.grid, tokens.features.shape[-1]),
+                if by is None
+                else by.matching_flops(tokens.grid, tokens.features.shape[-1]),
                 reason=None if inside else _why_whole(strategy, part.kind, tokens, plan),
-                hint=None if strategy is None else strategy.hint(tokens.grid),
+                hint=None if by is None else by.hint(tokens.grid),
             ),
         )
         for i, (place, tokens, plan) in enumerate(zip(part.places, part.items, plans, strict=True))
@@ -689,8 +701,6 @@ def _report(
         prefill_flops_after=prefill_flops(config, after),
         kv_cache_bytes_before=kv_cache_bytes(config, before, element),
         kv_cache_bytes_after=kv_cache_bytes(config, after, element),
-        tower_flops_before=sum(costs.flops_before for costs in tower),
-        tower_flops_after=sum(costs.flops_after for costs in tower),
         tower_ms=sum(costs.choose_ms for costs in tower),
         encode_ms=laps[0],
         plan_ms=laps[1],
@@ -745,11 +755,14 @@ def _element_bytes(model: Any, inputs: Mapping[str, Any], cache: Any) -> float:
 
 
 def _why_whole(
-    strategy: Strategy | None, kind: Modality, tokens: VisualTokens, plan: FusionPlan
+    strategy: Strategy, kind: Modality, tokens: VisualTokens, plan: FusionPlan
 ) -> str | None:
     """Why an item stays whole, if it does."""
-    if strategy is None:
+    by = strategy.for_modality(kind)
+    if by is None and not acts_at_tower(strategy):
         return f"no strategy is given for {kind}s"
+    # Before and inside the tower one strategy acts on images and videos.
+    strategy = by or strategy
     if not plan.is_identity:
         return None
     if strategy.temporal and tokens.grid[0] == 1:

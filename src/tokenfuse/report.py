@@ -14,7 +14,8 @@ from tokenfuse.tokens import Grid, Modality
 class ItemReport(BaseModel):
     """One image or video: its grid ``(T, H, W)`` and its tokens, in all and per frame.
 
-    ``tower_tokens``: how many of them each block of the vision tower has read, None for all.
+    ``tower_tokens``: how many of them each block of the vision tower has read, None where no
+    strategy acts there; ``tower_flops_*``: multiply-adds of these blocks, else 0.
     ``matching_flops``: multiply-adds spent on comparing them. ``reason``: why it stays whole, if it
     does. ``hint``: what the strategy says of such a budget, if anything.
     """
@@ -27,6 +28,8 @@ class ItemReport(BaseModel):
     tokens_after: int
     frame_tokens_after: list[int]
     tower_tokens: list[int] | None = None
+    tower_flops_before: int = 0
+    tower_flops_after: int = 0
     matching_flops: int = 0
     reason: str | None = None
     hint: str | None = None
@@ -44,10 +47,10 @@ class Report(BaseModel):
     are counted. ``*_ms`` are measured wall-clock milliseconds of this call. ``layer_tokens``: how
     many visual tokens each decoder layer has read, where a strategy acts inside the LLM, layer by
     layer and row by row; the figures after compression count them, and ``score_ms`` is what
-    choosing them took. ``tower_flops_*``: those of the vision tower's blocks, where a strategy acts
-    before or inside it, and ``tower_ms`` what choosing took there; else 0. ``encoded_again``: how
-    many images and videos of earlier turns the vision tower had to read again, because the inputs
-    do not say which pixels are theirs.
+    choosing them took. ``tower_flops_*``: those of the vision tower's blocks over all items, where
+    a strategy acts before or inside it, else 0; ``tower_ms``: what choosing took there in this
+    call. ``encoded_again``: how many images and videos of earlier turns the vision tower had to
+    read again, because the inputs do not say which pixels are theirs.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -65,8 +68,6 @@ class Report(BaseModel):
     flops_formula: str = FLOPS_FORMULA
     kv_cache_bytes_before: int
     kv_cache_bytes_after: int
-    tower_flops_before: int = 0
-    tower_flops_after: int = 0
     tower_ms: float = 0.0
     encode_ms: float = 0.0
     plan_ms: float = 0.0
@@ -99,7 +100,8 @@ class Report(BaseModel):
 
         None where no strategy acted there.
         """
-        read = [item.tower_tokens for item in self.items if item.tower_tokens is not None]
+        blocks = next((len(x.tower_tokens) for x in self.items if x.tower_tokens is not None), 0)
+        read = [x.tower_tokens or [x.tokens_before] * blocks for x in self.items]
         return [list(block) for block in zip(*read, strict=True)] or None
 
     @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
@@ -113,6 +115,18 @@ class Report(BaseModel):
             return self.keep_ratio
         read = sum(map(sum, self.layer_tokens)) / len(self.layer_tokens)
         return read / self.tokens_before
+
+    @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
+    @property
+    def tower_flops_before(self) -> int:
+        """Multiply-adds of the vision tower's blocks over all items, had nothing gone there."""
+        return sum(item.tower_flops_before for item in self.items)
+
+    @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
+    @property
+    def tower_flops_after(self) -> int:
+        """The same over what they have read."""
+        return sum(item.tower_flops_after for item in self.items)
 
     @computed_field  # type: ignore[prop-decorator] # mypy refuses any decorator on a property
     @property

@@ -139,9 +139,7 @@ class _Tower(NamedTuple):
             places=[self.places[i] for i in new],
             again=len(self.spans) - len(new),
             cut=None if self.cut is None else [self.cut[i] for i in new],
-            costs=None
-            if self.costs is None
-            else self.costs._replace(tokens=[self.costs.tokens[i] for i in new]),
+            costs=None if self.costs is None else self.costs.of(new),
         )
 
     def as_frames(self) -> _Tower:
@@ -453,22 +451,15 @@ class Adapter(ModelAdapter):
         stage: TowerStage | None = None
         running: AbstractContextManager[None] = nullcontext()
         if strategy is not None and (self.cuts_tower == "tokens" or modality == "video"):
-            if frames:
-                raise PromptError(
-                    "images are shown as the frames of a video, and the strategy acts before the "
-                    "LLM, in the vision tower, which reads them one by one; expected "
-                    "frames_as_images=False, or a strategy that acts behind the tower"
-                )
             stage = self.tower_stage(inputs, modality, strategy)
             if strategy.acts_before_tower:
                 stage.before(self.pixels(inputs, modality))
-            if stage.acts:
-                running = stage.running()
+            running = stage.running()
         with self.listen(attention, modality) as heard, running:
             output = self._encode(inputs, modality)
         saliency = None
         if attention is not None:
-            if stage is not None and stage.acts:
+            if stage is not None:
                 block = attention.block % len(stage.blocks)
                 heard = [stage.spread(torch.cat(list(heard)), block)]
             saliency = self._saliency(heard, attention.block, inputs, modality)
@@ -481,7 +472,7 @@ class Adapter(ModelAdapter):
         sizes = [span.size for span in spans]
         places = prompt.places(modality, sizes, since if counts is not None else 0)
         cut = None if stage is None else stage.finish([span.grid for span in spans])
-        costs = None if stage is None or not stage.acts else stage.costs()
+        costs = None if stage is None else stage.costs()
         tower = _Tower(modality, kind, output, features, spans, saliency, places, 0, cut, costs)
         if since and counts is None:
             tower = tower.since(since)

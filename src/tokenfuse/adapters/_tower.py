@@ -33,21 +33,29 @@ from tokenfuse.tokens import Grid, grid_coords
 class TowerCosts(NamedTuple):
     """What a tower has read of the items of one call.
 
-    ``tokens``: by item and block. ``flops_before``, ``flops_after``: multiply-adds of all blocks.
-    ``choose_ms``: what choosing took.
+    ``tokens``: by item and block. ``flops_before``, ``flops_after``: by item, multiply-adds of all
+    blocks. ``choose_ms``: what choosing took.
     """
 
     tokens: list[list[int]]
-    flops_before: int
-    flops_after: int
+    flops_before: list[int]
+    flops_after: list[int]
     choose_ms: float
+
+    def of(self, items: Sequence[int]) -> TowerCosts:
+        """The same of some of the items."""
+        before, after = ([x[i] for i in items] for x in (self.flops_before, self.flops_after))
+        return TowerCosts([self.tokens[i] for i in items], before, after, self.choose_ms)
 
 
 class TowerStage(ABC):
     """What a strategy does before and inside the tower, in one call of it.
 
-    ``grids``: of the items. ``plans``: what has become of each so far.
+    ``grids``: of the items. ``plans``: what has become of each so far. ``patches_each``: how many
+    patches each of what the plans are for has.
     """
+
+    patches_each: int
 
     def __init__(
         self,
@@ -63,13 +71,9 @@ class TowerStage(ABC):
         self.watch = Stopwatch(device)
         self._thread = threading.get_ident()
         self._counts: list[list[int]] = []
-        self._squares: list[tuple[Tensor | int, Tensor | int]] = []
-        self._patches: list[tuple[int, int]] = []
-
-    @property
-    def acts(self) -> bool:
-        """Whether the tower has to be hooked at all."""
-        return bool(self.cuts) or not all(plan.is_identity for plan in self.plans)
+        self._squares: list[Tensor] = []
+        self._tokens_each = [1] * len(grids)
+        """Visual tokens of each of what the plans are for, by item."""
 
     def before(self, pixels: Sequence[PixelTokens]) -> None:
         """Ask for the plans before the tower, and hold them against what they have to be."""
@@ -107,20 +111,21 @@ class TowerStage(ABC):
         weights = [
             sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in self.blocks
         ]
-        squares = torch.tensor([0, 0])
-        flops = [0, 0]
-        width = self._width
-        pairs = [torch.stack([torch.as_tensor(x) for x in pair]) for pair in self._squares]
-        if pairs:
-            squares = torch.stack([pair.to(pairs[0].device) for pair in pairs]).sum(0)
-        for each, patches in zip(weights, self._patches, strict=True):
-            for i, count in enumerate(patches):
-                flops[i] += each * count
+        # (2, items): before and after, all blocks together.
+        squares = torch.stack(self._squares).sum(0).tolist()
+        whole = [[plan.num_source for plan in self.plans]] * len(self.blocks)
         before, after = (
-            total + 2 * width * square
-            for total, square in zip(flops, squares.tolist(), strict=True)
+            [
+                sum(w * n * self.patches_each for w, n in zip(weights, counts, strict=True))
+                + 2 * self._width * square
+                for counts, square in zip(zip(*read, strict=True), own, strict=True)
+            ]
+            for read, own in zip((whole, self._counts), squares, strict=True)
         )
-        by_item = [list(counts) for counts in zip(*self._counts, strict=True)]
+        by_item = [
+            [count * each for count in counts]
+            for counts, each in zip(zip(*self._counts, strict=True), self._tokens_each, strict=True)
+        ]
         return TowerCosts(by_item, before, after, sum(self.watch.read()[1::2]))
 
     def _compiled(self) -> UnsupportedModelError:
@@ -154,8 +159,12 @@ class TowerStage(ABC):
     def _here(self) -> bool:
         return threading.get_ident() == self._thread
 
-    def _note(self, number: int, patches: tuple[int, int], squares: tuple[Any, Any]) -> None:
-        """A block is about to run. What is given is for all, and for what is left."""
+    def _note(self, number: int, squares: Tensor) -> None:
+        """A block is about to run.
+
+        ``squares (2, items)``: the squares of the lengths of its sequences, for all, and for what
+        is left.
+        """
         if number != len(self._counts):
             raise UnsupportedModelError(
                 f"block {number} of a {type(self.tower).__name__} ran after "
@@ -163,7 +172,6 @@ class TowerStage(ABC):
                 f"{self.strategy.name} cannot act inside this tower"
             )
         self._counts.append([plan.num_kept for plan in self.plans])
-        self._patches.append(patches)
         self._squares.append(squares)
 
     def _before(self, number: int, block: nn.Module) -> RemovableHandle:
@@ -212,7 +220,7 @@ class PackedStage(TowerStage):
 
     def __init__(self, tower: Any, grid: Tensor, strategy: Strategy) -> None:
         merge: int = tower.spatial_merge_size
-        self.group = merge**2
+        self.group = self.patches_each = merge**2
         grids = [(t, h // merge, w // merge) for t, h, w in grid.tolist()]
         super().__init__(tower, list(tower.blocks), grids, strategy, grid.device)
         total = sum(map(prod, grids))
@@ -225,6 +233,8 @@ class PackedStage(TowerStage):
         self.keys: Tensor | None = None
         self.sized: SizedAttention | None = None
         self._merged = self._due = 0
+        self._in_part = [False] * len(grids)
+        """Of each item, whether tokens have gone that are no whole frame."""
         self._made: dict[int, tuple[Any, Any]] = {}
         self._states: list[tuple[Tensor, Tensor]] = []
         """By block: which places of the tower's order it reads, and where all are among those."""
@@ -235,6 +245,7 @@ class PackedStage(TowerStage):
         return int(attention.qkv.weight.shape[0]) // 3
 
     def _place(self, hooks: ExitStack) -> None:
+        self._in_part = [not plan.is_identity for plan in self.plans]
         self._arrange()
         if any(cut.proportional for cut in self.cuts.values()):
             self.sized = SizedAttention()
@@ -294,15 +305,23 @@ class PackedStage(TowerStage):
             states = states[self.patches]
         if number in self.cuts:
             states = self._cut(self.cuts[number], states)
-        lengths = kwargs["cu_seqlens"]
         changed = {name: self._short(name, value) for name, value in kwargs.items()}
-        squares = tuple(x.diff().float().square().sum() for x in (lengths, changed["cu_seqlens"]))
-        self._note(number, (len(self.order) * self.group, len(states)), squares)
+        squares = (
+            self._squared(kwargs["cu_seqlens"], [plan.num_source for plan in self.plans]),
+            self._squared(changed["cu_seqlens"], [plan.num_kept for plan in self.plans]),
+        )
+        self._note(number, torch.stack(squares))
         self._states.append((self.places, self.target))
         self._due += self.sized is not None and self.sized.sizes is not None
         if args:
             return (states, *args[1:]), changed
         return args, {**changed, "hidden_states": states}
+
+    def _squared(self, ends: Tensor, tokens: Sequence[int]) -> Tensor:
+        """The squares of the lengths of sequences that end there, summed by item."""
+        lasts = torch.tensor(tokens, device=ends.device).cumsum(0) * self.group
+        item = torch.bucketize(ends[1:], lasts)
+        return torch.zeros_like(lasts).index_add(0, item, ends.diff().long().square())
 
     def _short(self, name: str, value: Any) -> Any:
         if not isinstance(value, Tensor | tuple) and name != "max_seqlen":
@@ -363,9 +382,13 @@ class PackedStage(TowerStage):
         coords = grid_coords(grid, states.device)[now.survivors]
         if not cut.frames:
             size = (cut.block, len(self.blocks))
-            return self._ask(cut, TowerTokens(states, coords, now.sizes, grid, *size, keys=keys))
+            plan = self._ask(cut, TowerTokens(states, coords, now.sizes, grid, *size, keys=keys))
+            self._in_part[item] |= plan is not None
+            return plan
         place = grid[1] * grid[2]
-        if len(states) % place:
+        if grid[0] == 1:
+            return None
+        if self._in_part[item]:
             raise PlanError(
                 f"strategy {self.strategy.name} merges whole frames at vision block {cut.block}, "
                 "and tokens went before it; expected nothing before it in the chain"
@@ -412,12 +435,9 @@ class FrameStage(TowerStage):
         return int(attention.q_proj.weight.shape[0])
 
     def finish(self, grids: Sequence[Grid]) -> list[FusionPlan]:
-        sizes = [h * w for _, h, w in grids]
-        self._counts = [
-            [count * size for count, size in zip(counts, sizes, strict=True)]
-            for counts in self._counts
-        ]
-        return [of_frames(plan, size) for plan, size in zip(self.plans, sizes, strict=True)]
+        self._tokens_each = [h * w for _, h, w in grids]
+        pairs = zip(self.plans, self._tokens_each, strict=True)
+        return [of_frames(plan, size) for plan, size in pairs]
 
     def spread(self, values: Tensor, block: int) -> Tensor:
         plan = self._at[block]
@@ -435,12 +455,13 @@ class FrameStage(TowerStage):
 
     def _enter(self, number: int, args: Any, kwargs: dict[str, Any]) -> Any:
         states: Tensor = args[0] if args else kwargs["hidden_states"]
-        whole, length = states.shape[:2]
+        length = states.shape[1]
         short = self.whole.select(states)
         if number in self.cuts:
             short = self._cut(self.cuts[number], short)
-        left = len(short)
-        self._note(number, (whole * length, left * length), (whole * length**2, left * length**2))
+        counts = [[plan.num_source, plan.num_kept] for plan in self.plans]
+        self._note(number, torch.tensor(counts).T * length**2)
+        self.patches_each = length
         self._at.append(self.whole)
         if args:
             return (short, *args[1:]), kwargs
@@ -473,11 +494,27 @@ class FrameStage(TowerStage):
 def tower_cuts(strategy: Strategy, blocks: int) -> tuple[TowerCut, ...]:
     """The cuts of a strategy in a tower of so many blocks. Raises ConfigError for others."""
     cuts = strategy.tower_cuts(blocks)
+    at = [cut.block for cut in cuts]
+    if at != sorted(set(at)):
+        raise ConfigError(
+            f"strategy {strategy.name} acts at vision blocks {at}, in this order; expected each "
+            "block once, rising"
+        )
     for cut in cuts:
         if not 0 <= cut.block < blocks:
             raise ConfigError(
                 f"strategy {strategy.name} acts at vision block {cut.block}; expected 0 to "
                 f"{blocks - 1}: the tower has {blocks}"
+            )
+        if cut.keys and not cut.block:
+            raise ConfigError(
+                f"strategy {strategy.name} reads keys at vision block 0, and no block is before "
+                "it; expected block 1 or a later one"
+            )
+        if cut.frames and (cut.keys or cut.proportional):
+            raise ConfigError(
+                f"strategy {strategy.name} asks for keys or proportional attention at a cut of "
+                "whole frames; expected a cut of tokens, or neither"
             )
     return cuts
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,5 +58,6 @@ def _cosine(x: Tensor, y: Tensor) -> Tensor:
 @functools.cache
 def compiled() -> Callable[[Tensor, Tensor, int], Match]:
     """``by_shifts``, compiled once in this process; each new shape is compiled when it comes."""
-    made: Any = torch.compile(by_shifts, fullgraph=True, dynamic=False)
-    return made  # type: ignore[no-any-return]
+    made: Callable[[Tensor, Tensor, int], Match]
+    made = torch.compile(by_shifts, fullgraph=True, dynamic=False)
+    return made

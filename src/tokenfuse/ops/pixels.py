@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -46,14 +47,25 @@ def unpredicted(
         return _marks(rebuilt, frame, row, column, scale, theta, metric, over_time)[0].view(t, h, w)
     rebuilt = pixels.clone()
     # All that a patch depends on lies on an earlier diagonal through space and time.
-    diagonal = frame + row + column
-    for number in range(t + h + w - 2):
-        here = diagonal == number
+    diagonal, lengths = frame + row + column, _diagonals(t, h, w)
+    for here in diagonal.argsort(stable=True).split(lengths):
         at = (frame[here], row[here], column[here])
         new, predicted = _marks(rebuilt, *at, scale, theta, metric, over_time)
         kept[at] = new
         rebuilt[at] = torch.where(new[:, None, None], rebuilt[at], predicted)
     return kept
+
+
+def _diagonals(t: int, h: int, w: int) -> list[int]:
+    """How many patches have each sum of frame, row and column."""
+    counts = [0] * (t + h + w - 2)
+    for frame in range(t):
+        for row in range(h):
+            # One patch in each of the next columns.
+            counts[frame + row] += 1
+            if frame + row + w < len(counts):
+                counts[frame + row + w] -= 1
+    return list(accumulate(counts))
 
 
 def _marks(

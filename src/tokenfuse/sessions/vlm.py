@@ -95,7 +95,7 @@ class Session(Attached):
         self._observe = registry.observe
         self._frames_as_images = frames_as_images
         self._own: dict[str, Any] = {}
-        refuse_unmet_needs(self.adapter, configuration)
+        refuse_unmet_needs(self.adapter, configuration, frames_as_images)
         refuse_unfit_cuts(model, configuration.strategy, configuration.attention)
         if configuration.attention == "proportional":
             refuse_compiled(model, attention_modules(model), "attention: proportional")
