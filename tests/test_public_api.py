@@ -43,6 +43,7 @@ def test_all_is_what_the_design_promises():
         "Strategy",
         "TokenFuseError",
         "TowerCut",
+        "TowerStrategy",
         "TowerTokens",
         "VisualTokens",
         "hookimpl",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tokenfuse.sessions.attach import attach
     from tokenfuse.sessions.vlm import Session
     from tokenfuse.strategies._base import Compressed, Strategy
+    from tokenfuse.strategies._early import TowerStrategy
     from tokenfuse.strategies._inside import LayerStrategy
     from tokenfuse.strategies._layers import LayerCut, LayerTokens
     from tokenfuse.strategies._tower import PixelTokens, TowerCut, TowerTokens
@@ -44,6 +45,7 @@ __all__ = [
     "Strategy",
     "TokenFuseError",
     "TowerCut",
+    "TowerStrategy",
     "TowerTokens",
     "VisualTokens",
     "attach",
@@ -69,6 +71,7 @@ _HOMES = {
     "Session": "sessions.vlm",
     "Strategy": "strategies._base",
     "TowerCut": "strategies._tower",
+    "TowerStrategy": "strategies._early",
     "TowerTokens": "strategies._tower",
     "VisualTokens": "tokens",
     "attach": "sessions.attach",

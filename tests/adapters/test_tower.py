@@ -7,9 +7,9 @@ import torch
 
 import tokenfuse
 from families import FAMILIES
-from tokenfuse import FusionPlan, Strategy
+from tokenfuse import FusionPlan, Strategy, TowerStrategy
 from tokenfuse.compression import prompt_adapter
-from tokenfuse.errors import ConfigError, PlanError, PromptError, UnsupportedModelError
+from tokenfuse.errors import ConfigError, PlanError, UnsupportedModelError
 from tokenfuse.prompt.cache import as_argument, cache_of
 from tokenfuse.registry import default_registry
 from tokenfuse.sessions._decoder import decoder_layers
@@ -24,18 +24,11 @@ PROMPT = [
 every = pytest.mark.parametrize("name", QWEN)
 
 
-class Before(Strategy):
+class Before(TowerStrategy):
     """Keeps a share of each item, drawn by lot; of the first frame one token at most."""
 
     name = "before"
-    stage = "tower"
     share: float = 0.5
-
-    def for_modality(self, modality):
-        return None
-
-    def plan(self, tokens):
-        raise AssertionError("it is never asked behind the tower")
 
     def tower_plan(self, pixels):
         n, (_, h, w) = pixels.num_tokens, pixels.grid
@@ -154,8 +147,8 @@ def test_positions_and_turns_are_those_of_a_plan_behind_the_tower(name):
     one, two = (tokenfuse.compress(model, inputs, s) for s in (Before(), Behind()))
     for key in ("input_ids", "attention_mask", "position_ids"):
         assert torch.equal(one[key], two[key])
-    read = [item.model_copy(update={"tower_tokens": None}) for item in one.report.items]
-    assert read == two.report.items
+    behind = {"tower_tokens": None, "tower_flops_before": 0, "tower_flops_after": 0}
+    assert [item.model_copy(update=behind) for item in one.report.items] == two.report.items
     never = [model.config.image_token_id, model.config.video_token_id]
     with tokenfuse.attach(model, Before()) as session:
         prompt = session.prefill(inputs)
@@ -191,7 +184,7 @@ def test_other_towers_refuse_by_name():
         with pytest.raises(UnsupportedModelError, match="pixelprune acts before or inside the v"):
             tokenfuse.attach(FAMILIES[name].build("sdpa"), "pixelprune")
     model, inputs = model_and_inputs("qwen3_vl")
-    with pytest.raises(PromptError, match="frames_as_images=False"):
+    with pytest.raises(ConfigError, match="frames_as_images=False"):
         tokenfuse.compress(model, inputs, "pixelprune", frames_as_images=True)
     tokens = tokenfuse.VisualTokens.from_grid(torch.randn(4, 2), (1, 2, 2))
     with pytest.raises(ConfigError, match="bare tokens have none"):

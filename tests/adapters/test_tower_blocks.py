@@ -11,13 +11,14 @@ from pydantic import Field
 import families
 import tokenfuse
 from families import FAMILIES
-from tokenfuse import FusionPlan, Strategy
+from tokenfuse import FusionPlan, Strategy, TowerStrategy
 from tokenfuse.compression import prompt_adapter
 from tokenfuse.errors import ConfigError, PlanError, UnsupportedModelError
+from tokenfuse.prompt.cache import as_argument, cache_of
 from tokenfuse.prompt.inputs import PIXELS
 from tokenfuse.registry import default_registry
 from tokenfuse.strategies._layers import WeighedPlan
-from tokenfuse.strategies._tower import TowerCut
+from tokenfuse.strategies._tower import TowerCut, merged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,22 +30,15 @@ PROMPT = [
 ]
 
 
-class Recorded(Strategy):
+class Recorded(TowerStrategy):
     """Does what another strategy does inside the tower, and notes its plans.
 
     ``noted``: for each call of the tower the plans by block; those for pixels are at -1.
     """
 
     name = "recorded"
-    stage = "tower"
     inner: Strategy
     noted: object = Field(None, exclude=True)
-
-    def for_modality(self, modality):
-        return None
-
-    def plan(self, tokens):
-        raise AssertionError("it is never asked behind the tower")
 
     def tower_plan(self, pixels):
         found = self.inner.tower_plan(pixels)
@@ -74,17 +68,10 @@ class Recorded(Strategy):
         return tuple(map(noting, self.inner.tower_cuts(blocks)))
 
 
-class Pixels(Strategy):
+class Pixels(TowerStrategy):
     """Drops some tokens of each item before the tower."""
 
     name = "pixels"
-    stage = "tower"
-
-    def for_modality(self, modality):
-        return None
-
-    def plan(self, tokens):
-        raise AssertionError("it is never asked behind the tower")
 
     def tower_plan(self, pixels):
         n = pixels.num_tokens
@@ -93,17 +80,10 @@ class Pixels(Strategy):
         return FusionPlan.from_survivors(kept.nonzero().flatten(), n)
 
 
-class Halves(Strategy):
+class Halves(TowerStrategy):
     """Merges the second half of the frames into the first one of each pair, whole."""
 
     name = "halves_frames"
-    stage = "tower"
-
-    def for_modality(self, modality):
-        return None
-
-    def plan(self, tokens):
-        raise AssertionError("it is never asked behind the tower")
 
     def tower_cuts(self, blocks):
         return (TowerCut(1, self.merge, frames=True), TowerCut(2, self.merge, frames=True))
@@ -645,10 +625,26 @@ REFUSED = {
         ConfigError,
         "before or inside the vision tower; put it",
     ),
-    "frames after tokens": (
+    "frames after pixels": (
         {"compose": [Pixels(), Halves()]},
         PlanError,
         "merges whole frames at vision block 1",
+    ),
+    # Half of the tokens of four frames are as many as those of two.
+    "frames after tokens": (
+        {"compose": [{"strategy": "uniform", "vision_block": 0}, Halves()]},
+        PlanError,
+        "and tokens went before it",
+    ),
+    "merges beyond the tower": (
+        {"strategy": "tome", "tower": True, "r": [0, 0, 1]},
+        ConfigError,
+        "there are 2 places",
+    ),
+    "a share of the tower's own": (
+        {"compose": [{"strategy": "uniform", "vision_block": 0}], "keep_ratio": 0.25},
+        ConfigError,
+        "acts before or inside the vision tower alone",
     ),
 }
 
@@ -696,3 +692,140 @@ def test_a_tower_that_was_compiled_before_is_right_or_refused():
         torch.testing.assert_close(run(None), expected[None], atol=1e-5, rtol=1e-4)
     finally:
         torch.compiler.reset()
+
+
+class Wrong(TowerStrategy):
+    """Asks for what no tower can give."""
+
+    name = "wrong"
+    found: object = None
+
+    def tower_cuts(self, blocks):
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("cuts", "message"),
+    [
+        ([(1, {}), (1, {})], r"vision blocks \[1, 1\], in this order"),
+        ([(2, {}), (1, {})], r"vision blocks \[2, 1\], in this order"),
+        ([(0, {"keys": True})], "no block is before it"),
+        ([(1, {"keys": True, "frames": True})], "a cut of whole frames"),
+        ([(1, {"proportional": True, "frames": True})], "a cut of whole frames"),
+        ([(3, {})], "expected 0 to 2"),
+    ],
+)
+def test_cuts_that_no_tower_can_make_are_refused_when_attached(cuts, message):
+    found = tuple(TowerCut(block, lambda tokens: None, **options) for block, options in cuts)
+    with pytest.raises(ConfigError, match=message):
+        tokenfuse.attach(FAMILIES["qwen3_vl"].build("sdpa"), Wrong(found=found))
+
+
+@torch.no_grad()
+def test_an_image_alone_has_no_frames_to_merge():
+    model = FAMILIES["qwen3_vl"].build("sdpa")
+    inputs = FAMILIES["qwen3_vl"].prompt([[("text", 1), ("image", 2), ("text", 2)]], "left")
+    short = tokenfuse.compress(model, inputs, {"compose": [Pixels(), Halves()]})
+    assert short.report.items[0].tower_tokens == [short.report.tokens_after] * 3
+
+
+@torch.no_grad()
+def test_the_share_of_a_chain_is_of_all_tokens():
+    """Whatever the tower has left of them, and for a step that acts at both places."""
+    model, inputs = FAMILIES["qwen3_vl"].build("sdpa"), FAMILIES["qwen3_vl"].prompt(PROMPT, "left")
+    first = {"strategy": "uniform", "vision_block": 0, "keep_ratio": 0.8}
+    short = tokenfuse.compress(model, inputs, {"compose": [first, "uniform"], "keep_ratio": 0.25})
+    for item in short.report.items:
+        assert item.tokens_after == -(-item.tokens_before // 4)
+    model, inputs, _ = still("qwen3_vl")
+    chain = {"compose": [{"strategy": "earlytom", "keep_ratio": 0.9}], "keep_ratio": 0.25}
+    item = tokenfuse.compress(model, inputs, chain).report.items[0]
+    assert item.tokens_after == -(-item.tokens_before // 4)
+
+
+def test_bare_tokens_have_no_tower():
+    tokens = tokenfuse.VisualTokens.from_grid(torch.randn(24, 4), (2, 3, 4))
+    for strategy in (
+        {"strategy": "uniform", "vision_block": 1},
+        {"strategy": "tome", "tower": True},
+        {"compose": ["pixelprune", "uniform"]},
+        {"compose": [INSIDE["tome"], "uniform"]},
+        {"strategy": "earlytom"},
+    ):
+        with pytest.raises(ConfigError, match="expected compress or attach on a model"):
+            tokenfuse.get_strategy(strategy).compress(tokens)
+
+
+@pytest.mark.parametrize("name", ["video_llava", "qwen3_vl"])
+def test_frames_that_are_images_are_refused_when_attached(name):
+    model = FAMILIES[name].build("sdpa")
+    with pytest.raises(ConfigError, match="frames_as_images=False"):
+        tokenfuse.attach(model, "earlytom", frames_as_images=True)
+
+
+@torch.no_grad()
+def test_reports_say_why_an_item_is_whole_and_what_the_tower_read_of_it():
+    model, inputs = FAMILIES["qwen3_vl"].build("sdpa"), FAMILIES["qwen3_vl"].prompt(PROMPT, "left")
+    report = tokenfuse.compress(model, inputs, "pixelprune").report
+    assert {item.reason for item in report.items} == {"the strategy kept every token"}
+    assert report.tower_ms > 0
+    assert report.tower_flops_before == report.tower_flops_after > 0
+    assert [sum(block) for block in report.tower_tokens] == [report.tokens_before] * 3
+    image = next(item for item in report.items if item.modality == "image")
+    early = tokenfuse.compress(model, inputs, "earlytom").report
+    assert "one frame only, and earlytom compares frames" in {i.reason for i in early.items}
+    # What is counted of an item is its own.
+    alone = FAMILIES["qwen3_vl"].prompt([[("text", 1), ("image", 2), ("text", 2)]], "left")
+    (own,) = tokenfuse.compress(model, alone, "pixelprune").report.items
+    assert own.tower_flops_before == image.tower_flops_before
+    attention, width = model.base_model.visual.blocks[0].attn, 32
+    weights = sum(p.numel() for p in model.base_model.visual.blocks[0].parameters() if p.ndim == 2)
+    patches = own.tokens_before * 4
+    assert attention.qkv.weight.shape[0] == 3 * width
+    assert own.tower_flops_before == 3 * (weights * patches + 2 * width * patches**2)
+
+
+@torch.no_grad()
+def test_a_later_turn_reports_the_whole_conversation():
+    """Of frames' towers, too, where an image that follows is read whole."""
+    model, family = FAMILIES["llava_onevision"].build("sdpa"), FAMILIES["llava_onevision"]
+    never = [model.config.image_token_id, model.config.video_token_id]
+    options = {"max_new_tokens": 3, "suppress_tokens": never, "return_dict_in_generate": True}
+    begun = family.prompt([[("text", 1), ("video", 1), ("text", 2)]], "left")
+    with tokenfuse.attach(model, Halves()) as session:
+        first = model.generate(**begun, **options)
+        before = session.report
+        more = family.prompt([[("text", 1), ("video", 1), ("text", 2), ("image", 2), ("text", 3)]])
+        new = more["input_ids"].shape[1] - begun["input_ids"].shape[1]
+        ids = torch.cat([first.sequences, more["input_ids"][:, -new:]], -1)
+        later = {**more, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        model.generate(**later, **options, **as_argument(cache_of(first)))
+    report = session.report
+    assert len(report.items) > len(before.items) == 1
+    assert report.tower_flops_before == before.tower_flops_before > before.tower_flops_after > 0
+    whole = sum(item.tokens_before for item in report.items if item.modality == "image")
+    assert [sum(block) for block in report.tower_tokens] == [
+        sum(block) + whole for block in before.tower_tokens
+    ]
+
+
+def test_weights_of_what_is_merged_are_not_rounded():
+    plan = FusionPlan.from_roots(torch.tensor([0]), torch.tensor([0, 0]))
+    states = torch.ones(2, 1, 3, dtype=torch.float16)
+    made = merged(plan, states, torch.tensor([70_000, 1]))
+    assert torch.equal(made, torch.ones(1, 1, 3, dtype=torch.float16))
+
+
+def test_costs_of_matching_are_those_of_what_runs_behind_the_tower():
+    grid = (4, 3, 3)
+    ttf = tokenfuse.get_strategy("ttf").matching_flops(grid, 8)
+    chain = tokenfuse.get_strategy({"compose": ["pixelprune", "ttf"]})
+    assert chain.matching_flops(grid, 8) == ttf > 0
+    assert tokenfuse.get_strategy(INSIDE["tome"]).matching_flops(grid, 8) == 0
+    assert tokenfuse.get_strategy({"compose": ["pixelprune"]}).matching_flops(grid, 8) == 0
+
+
+def test_a_share_of_tome_is_its_only_schedule():
+    strategy = tokenfuse.get_strategy("tome", tower=True, r=(1, 2)).at_share(0.3, 4)
+    assert (strategy.keep_ratio, strategy.r) == (0.3, None)
+    assert hash(tokenfuse.get_strategy("tome", r=[1, 2]))

@@ -100,6 +100,14 @@ def test_a_still_video_costs_one_frame_and_a_cut_another():
     assert all(0 < count <= 2 for count in kept[1:-1])
 
 
+def test_no_value_is_read_on_the_way():
+    """Tensors on ``meta`` have none. What is left is counted by whoever asks."""
+    pixels, scale = torch.empty(3, 4, 5, 3, 8, device="meta"), torch.empty(3, device="meta")
+    for theta in (0.0, 0.1):
+        for anchored in (True, False):
+            assert unpredicted(pixels, scale, theta, anchored=anchored).shape == (3, 4, 5)
+
+
 def test_below_zero_everything_stays_and_without_time_every_frame_pays():
     still = torch.zeros(3, 2, 2, 1, 4)
     assert bool(unpredicted(still, ONE, -1.0).all())

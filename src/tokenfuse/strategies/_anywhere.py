@@ -7,6 +7,7 @@ from abc import abstractmethod
 import torch
 from pydantic import Field, model_validator
 
+from tokenfuse.errors import ConfigError
 from tokenfuse.ops.select import budget
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Strategy
@@ -44,6 +45,15 @@ class Anywhere(PerhapsInside):
 
     def choose_inside(self, tokens: LayerTokens, count: int) -> FusionPlan:
         return self.pick(tokens.num_visual, count, tokens.visual.device)
+
+    def plan(self, tokens: VisualTokens) -> FusionPlan:
+        if self.vision_block is not None:
+            raise ConfigError(
+                f"strategy {self.name} has vision_block: {self.vision_block}, and so acts inside "
+                "the vision tower; expected compress or attach on a model, or no vision_block: "
+                "bare tokens have no tower"
+            )
+        return super().plan(tokens)
 
     def for_modality(self, modality: Modality) -> Strategy | None:
         return super().for_modality(modality) if self.vision_block is None else None

@@ -7,12 +7,13 @@ from math import prod
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import Field, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tokenfuse.errors import ConfigError
 from tokenfuse.ops.select import budget
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Stage, Strategy
+from tokenfuse.strategies._fields import as_tuple, one_or_more
 from tokenfuse.strategies._layers import LayerCut, LayerTokens
 from tokenfuse.tokens import Grid, Modality, VisualTokens
 
@@ -25,15 +26,10 @@ Layer = Annotated[
 ]
 
 
-def _one_or_more(item: dict[str, Any]) -> WithJsonSchema:
-    several = {"type": "array", "items": item, "minItems": 1}
-    return WithJsonSchema({"anyOf": [item, several]})
-
-
 LayerSchedule = Annotated[
     tuple[Layer, ...],
     Field(min_length=1, description="decoder layers at whose input tokens go, rising"),
-    _one_or_more({"type": "integer", "minimum": 1}),
+    one_or_more({"type": "integer", "minimum": 1}),
 ]
 LayerShares = Annotated[
     tuple[Annotated[float, Field(gt=0, le=1)], ...],
@@ -41,7 +37,7 @@ LayerShares = Annotated[
         min_length=1,
         description="share of the prompt's visual tokens that is left from each layer on, falling",
     ),
-    _one_or_more({"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
+    one_or_more({"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
 ]
 
 
@@ -96,18 +92,7 @@ class Scheduled(LayerStrategy):
     @field_validator("layers", "keep_ratio", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
-        # YAML and JSON have lists; one layer is often written without.
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return (value,)
-        return tuple(value) if isinstance(value, list) else value
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _whole_layers(cls, value: Any) -> Any:
-        # To JSON Schema 3.0 is an integer.
-        if not isinstance(value, tuple | list):
-            value = (value,)
-        return tuple(int(x) if isinstance(x, float) and x.is_integer() else x for x in value)
+        return as_tuple(value)
 
     def at_share(self, share: float, layers: int) -> Self:
         """All shares of the schedule to one power, which makes the average.

@@ -112,6 +112,6 @@ def merged(
         return plan.select(x)
     weighed = plan if isinstance(plan, WeighedPlan) else None
     if weighed is None:
-        weighed = WeighedPlan(plan.survivors, plan.target, sizes.to(x.dtype).float())
+        weighed = WeighedPlan(plan.survivors, plan.target, sizes.float())
     rows: Tensor = weighed.mean(x.flatten(1)).unflatten(1, x.shape[1:])
     return rows

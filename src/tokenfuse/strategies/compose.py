@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from tokenfuse.errors import ConfigError, PlanError
 from tokenfuse.ops.select import budget
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Needs, Strategy
+from tokenfuse.strategies._base import Compressed, Needs, Strategy
 from tokenfuse.strategies._layers import CachePruning, LayerCut
 from tokenfuse.strategies._parts import PART, check_part, load_part
 from tokenfuse.strategies._tower import PixelTokens, TowerCut
@@ -48,7 +49,8 @@ class Compose(Strategy):
     mappings. A later step sees the fused features and the coordinates of survivors, with their own
     saliency; one that needs every place of the grid can only come first.
 
-    ``keep_ratio`` is the share of all tokens that the last step leaves. Where the earlier steps
+    ``keep_ratio`` is the share of all tokens, as the vision tower would have made them, that the
+    last step before the LLM leaves. Where the earlier steps
     leave fewer, there is nothing more to remove, so that the count may be below the one asked for.
     A step that compares frames leaves an image to the next one as it is.
 
@@ -118,6 +120,11 @@ class Compose(Strategy):
                 f"keep_ratio is for the last step before the LLM, and {last.name} acts inside it; "
                 "expected the keep_ratio of each step in the step"
             )
+        if self.keep_ratio is not None and not _before_llm(last):
+            raise ValueError(
+                f"keep_ratio is for the last step before the LLM, and {last.name} acts before or "
+                "inside the vision tower alone; expected the keep_ratio of each step in the step"
+            )
         if self.keep_ratio is not None and "keep_ratio" not in type(last).model_fields:
             raise ValueError(f"keep_ratio is for the last step, and {last.name} has none")
         return self
@@ -147,14 +154,7 @@ class Compose(Strategy):
         return any(step.acts_in_tower for step in self.compose)
 
     def tower_cuts(self, blocks: int) -> tuple[TowerCut, ...]:
-        cuts = tuple(cut for step in self.compose for cut in step.tower_cuts(blocks))
-        at = [cut.block for cut in cuts]
-        if at != sorted(set(at)):
-            raise ConfigError(
-                f"the steps of a chain act at vision blocks {at}, in this order; expected each "
-                "block once, rising"
-            )
-        return cuts
+        return tuple(cut for step in self.compose for cut in step.tower_cuts(blocks))
 
     @property
     def _before(self) -> list[Strategy]:
@@ -177,16 +177,30 @@ class Compose(Strategy):
     def cache_pruning(self) -> CachePruning | None:
         return next((found for step in self.compose if (found := step.cache_pruning())), None)
 
+    def compress(self, tokens: VisualTokens) -> Compressed:
+        early = next((s for s in self.compose if s.acts_before_tower or s.acts_in_tower), None)
+        if early is not None:
+            raise ConfigError(
+                f"strategy {early.name} of a chain acts before or inside the vision tower; "
+                "expected compress or attach on a model, or a chain without it: bare tokens have "
+                "no tower"
+            )
+        return super().compress(tokens)
+
     @torch.no_grad()
     def plan(self, tokens: VisualTokens) -> ChainedPlan:
-        n = tokens.num_tokens
-        most = budget(self.keep_ratio, n) if self.keep_ratio else None
+        n, every = tokens.num_tokens, prod(tokens.grid)
+        # Behind the tower there are fewer tokens than the share is of.
+        early = self.acts_before_tower or self.acts_in_tower
+        most = budget(self.keep_ratio, every if early else n) if self.keep_ratio else None
         whole, plans = FusionPlan.identity(n, tokens.features.device), []
         for position, step in enumerate(self._before, start=1):
             if most is not None and position == len(self._before):
                 if tokens.num_tokens <= most:
                     break
-                step = step.model_copy(update={"keep_ratio": most / tokens.num_tokens})
+                # A step that acts in the tower, too, has a share of all tokens itself.
+                among = every if step.acts_in_tower else tokens.num_tokens
+                step = step.model_copy(update={"keep_ratio": most / among})
             plan = step.plan(tokens)
             tokens = tokens.after(plan.survivors, step.fuse(plan, tokens.features))
             whole = whole.compose(plan)
@@ -206,7 +220,7 @@ class Compose(Strategy):
 
     def matching_flops(self, grid: Grid, width: int) -> int:
         # What later steps cost depends on what the first leaves.
-        return self.compose[0].matching_flops(grid, width)
+        return self._before[0].matching_flops(grid, width) if self._before else 0
 
 
 PLACES = ("before or inside the vision tower", "before the LLM", "inside the LLM")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, WithJsonSchema, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -14,7 +14,7 @@ from tokenfuse.errors import ConfigError
 from tokenfuse.ops.select import budget
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Attention, Need, Needs, Stage, Strategy
-from tokenfuse.strategies._fields import VisionBlock
+from tokenfuse.strategies._fields import VisionBlock, as_tuple, one_or_more
 from tokenfuse.strategies._layers import WeighedPlan
 from tokenfuse.strategies._tower import TowerCut, TowerTokens
 from tokenfuse.tokens import Modality, VisualTokens
@@ -25,19 +25,13 @@ MOMENTUM = 0.9
 """The weight of a frame's own likeness in the running one."""
 
 Blocks = Annotated[
-    tuple[Annotated[int, Field(ge=1, le=PUBLISHED)], ...],
+    tuple[Annotated[int, Field(ge=1, lt=PUBLISHED)], ...],
     Field(
         min_length=1,
         description="vision blocks, counted from 0, at whose input frames merge, of a tower of "
         f"{PUBLISHED}; in proportion in others",
     ),
-    WithJsonSchema(
-        {
-            "type": "array",
-            "items": {"type": "integer", "minimum": 1, "maximum": PUBLISHED},
-            "minItems": 1,
-        }
-    ),
+    one_or_more({"type": "integer", "minimum": 1, "exclusiveMaximum": PUBLISHED}),
 ]
 
 
@@ -84,9 +78,7 @@ class EarlyTom(Strategy):
     @field_validator("blocks", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return (value,)
-        return tuple(value) if isinstance(value, list) else value
+        return as_tuple(value)
 
     @field_validator("blocks")
     @classmethod
@@ -99,14 +91,13 @@ class EarlyTom(Strategy):
         return Needs(None if self.keep_ratio is None else Attention(self.block))
 
     def for_modality(self, modality: Modality) -> Strategy | None:
-        return self if modality == "video" and self.keep_ratio is not None else None
+        return None if self.keep_ratio is None else self
 
     def tower_cuts(self, blocks: int) -> tuple[TowerCut, ...]:
-        if blocks == PUBLISHED:
-            at = list(self.blocks)
-        else:
-            at = sorted({max(1, round(block * blocks / PUBLISHED)) for block in self.blocks})
-        return tuple(TowerCut(block, self._merge, frames=True) for block in at if block < blocks)
+        at = {max(1, round(block * blocks / PUBLISHED)) for block in self.blocks}
+        # The last ones of so many blocks may be rounded up to none.
+        at = {min(block, blocks - 1) for block in at}
+        return tuple(TowerCut(block, self._merge, frames=True) for block in sorted(at))
 
     @torch.no_grad()
     def _merge(self, tokens: TowerTokens) -> FusionPlan | None:

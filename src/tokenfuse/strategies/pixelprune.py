@@ -7,15 +7,13 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from tokenfuse.errors import ConfigError
 from tokenfuse.ops.pixels import Metric, unpredicted
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Stage, Strategy
+from tokenfuse.strategies._early import TowerStrategy
 from tokenfuse.strategies._tower import PixelTokens
-from tokenfuse.tokens import Modality, VisualTokens
 
 
-class PixelPrune(Strategy):
+class PixelPrune(TowerStrategy):
     """Keep patches that their neighbours do not predict out of the vision tower.
 
     Source: PixelPrune, arXiv 2604.00886. The patches of a visual token are predicted by those at
@@ -33,26 +31,17 @@ class PixelPrune(Strategy):
     of another colour than its neighbours something always stays; resizing and compression leave few
     exact copies in photographs, many in drawings, pages and screens.
 
-    Synchronises with the host once for each item. Loops over diagonals where ``theta`` is above 0.
+    Synchronises with the host once for each item, as does what holds its plan against what a plan
+    has to be. Loops over diagonals where ``theta`` is above 0.
     """
 
     name: ClassVar[str] = "pixelprune"
-    stage: ClassVar[Stage] = "tower"
     paper: ClassVar[str] = "arXiv 2604.00886"
 
     theta: float = Field(0.0, le=1, description="difference of a patch that its neighbours excuse")
     metric: Metric = Field("max", description="how the difference of two patches is measured")
     anchored: bool = Field(True, description="compare with what neighbours are rebuilt from")
     over_time: bool = Field(True, description="predict from the frame before, too")
-
-    def for_modality(self, modality: Modality) -> Strategy | None:
-        return None
-
-    def plan(self, tokens: VisualTokens) -> FusionPlan:
-        raise ConfigError(
-            f"strategy {self.name} looks at pixels, before the vision tower; expected compress or "
-            "attach on a model: bare tokens have none"
-        )
 
     @torch.no_grad()
     def tower_plan(self, pixels: PixelTokens) -> FusionPlan:

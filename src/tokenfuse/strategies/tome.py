@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import prod
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from tokenfuse.errors import ConfigError
@@ -15,6 +15,7 @@ from tokenfuse.ops.matching import bipartite_soft_matching, most_pairs, weighted
 from tokenfuse.ops.select import budget
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Strategy
+from tokenfuse.strategies._fields import as_tuple
 from tokenfuse.strategies._tower import TowerCut, TowerTokens
 from tokenfuse.strategies._vit import VitStrategy
 from tokenfuse.tokens import Grid, Modality, VisualTokens
@@ -57,10 +58,11 @@ class ToMe(Budgeted, VitStrategy):
     keep_ratio: float = Field(
         0.5, gt=0, le=1, description="share of tokens to keep, exactly; in a ViT where r is null"
     )
-    r: Merges | list[Merges] | None = Field(
+    r: Merges | tuple[Merges, ...] | None = Field(
         None,
         description="tokens merged in each block of a vision transformer, or a list with a number "
-        "per block (0 for blocks that it does not reach); refused before an LLM",
+        "per block (0 for blocks that it does not reach), in a VLM's tower after each block but "
+        "the last; refused before an LLM",
     )
     inflection: float = Field(
         0.0,
@@ -76,6 +78,11 @@ class ToMe(Budgeted, VitStrategy):
         False,
         description="merge between the blocks of a VLM's vision tower instead of before the LLM",
     )
+
+    @field_validator("r", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return as_tuple(value) if isinstance(value, list | tuple) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> ToMe:
@@ -105,7 +112,13 @@ class ToMe(Budgeted, VitStrategy):
             plan = plan.compose(step)
         return plan
 
+    def at_share(self, share: float, layers: int) -> Self:
+        """As ever, by ``keep_ratio`` alone."""
+        return self.with_options(keep_ratio=share, r=None, inflection=0.0)
+
     def matching_flops(self, grid: Grid, width: int) -> int:
+        if self.tower:
+            return 0
         n = grid[0] * grid[1] * grid[2]
         count, total = budget(self.keep_ratio, n), 0
         while n > count:
@@ -131,6 +144,12 @@ class ToMe(Budgeted, VitStrategy):
     def tower_cuts(self, blocks: int) -> tuple[TowerCut, ...]:
         if not self.tower:
             return ()
+        if isinstance(self.r, tuple) and any(self.r[blocks - 1 :]):
+            raise ConfigError(
+                f"tome: r: {list(self.r)} merges after block {len(self.r) - 1}, and between the "
+                f"blocks of this tower there are {blocks - 1} places; expected so many numbers, or "
+                "zeros behind them"
+            )
         # How many of a share go depends on the item.
         fixed = [1] * blocks if self.r is None else self.merges(blocks - 1, 0)
         return tuple(
@@ -152,8 +171,8 @@ class ToMe(Budgeted, VitStrategy):
         return bipartite_soft_matching(metric, r)
 
     def merges(self, blocks: int, tokens: int) -> list[int]:
-        if isinstance(self.r, list):
-            return (self.r + [0] * blocks)[:blocks]
+        if isinstance(self.r, tuple):
+            return [*self.r, *[0] * blocks][:blocks]
         if self.r is not None:
             first = int(self.r * (1 - self.inflection))
             rise = 2 * (self.r - first) / max(1, blocks - 1)

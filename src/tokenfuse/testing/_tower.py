@@ -14,24 +14,18 @@ from tokenfuse.plan import FusionPlan
 from tokenfuse.prompt.inputs import PIXELS
 from tokenfuse.registry import default_registry
 from tokenfuse.strategies._base import Strategy
+from tokenfuse.strategies._early import TowerStrategy
 from tokenfuse.strategies._tower import TowerCut, TowerTokens
-from tokenfuse.tokens import Modality, VisualTokens
+from tokenfuse.tokens import VisualTokens
 
 
-class CutEarly(Strategy):
+class CutEarly(TowerStrategy):
     """Drops every other token, or frame, at the input of one vision block."""
 
     name: ClassVar[str] = "conformance_early"
-    stage: ClassVar[Any] = "tower"
     vision_block: int = 0
     frames: bool = False
     every: int = 2
-
-    def for_modality(self, modality: Modality) -> Strategy | None:
-        return None
-
-    def plan(self, tokens: VisualTokens) -> FusionPlan:
-        raise AssertionError("it is asked inside the tower only")
 
     def tower_cuts(self, blocks: int) -> tuple[TowerCut, ...]:
         return (TowerCut(self.vision_block % blocks, self.choose, frames=self.frames),)
