@@ -296,17 +296,23 @@ def speed(
         list[str] | None, typer.Option(help="Shares of tokens to keep, commas between.")
     ] = None,
     like: Annotated[
-        str, typer.Option(help="Whose depth and width the model has, with random weights.")
-    ] = "Qwen/Qwen3-VL-2B-Instruct",
+        str | None,
+        typer.Option(
+            help="Whose depth and width the model has, with random weights; Qwen3-VL-2B if left "
+            "out."
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id of a Qwen3-VL, with its own weights.")
     ] = None,
     layers: Annotated[
-        int, typer.Option(min=0, help="Decoder layers of --like; 0 for all that it has.")
-    ] = 4,
+        int | None,
+        typer.Option(min=0, help="Decoder layers of --like, 4 if left out; 0 for all."),
+    ] = None,
     vision_layers: Annotated[
-        int, typer.Option(min=0, help="Vision blocks of --like; 0 for all that it has.")
-    ] = 4,
+        int | None,
+        typer.Option(min=0, help="Vision blocks of --like, 4 if left out; 0 for all."),
+    ] = None,
     frames: Annotated[int, typer.Option(help="Frames that the LLM is shown.")] = 16,
     grid: Annotated[str, typer.Option(help="Rows x columns of visual tokens.")] = "16x16",
     batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
@@ -327,6 +333,12 @@ def speed(
         height, _, width = grid.partition("x")
         if not (height.isdecimal() and width.isdecimal()):
             raise ConfigError(f"--grid {grid} is not of the form rows x columns, as in 16x16")
+        shape = {"--like": like, "--layers": layers, "--vision-layers": vision_layers}
+        given = [name for name, value in shape.items() if value is not None]
+        if model is not None and given:
+            raise ConfigError(
+                f"{given[0]} is for random weights, and --model has its own; expected one of both"
+            )
         files = _files(out) if out else {}
         _quiet()
         _set_threads(threads)
@@ -338,10 +350,10 @@ def speed(
             result = run_speed(
                 names,
                 shares,
-                like=like,
+                like=like or "Qwen/Qwen3-VL-2B-Instruct",
                 source=model,
-                layers=layers or None,
-                vision_layers=vision_layers or None,
+                layers=4 if layers is None else layers or None,
+                vision_layers=4 if vision_layers is None else vision_layers or None,
                 frames=frames,
                 side=(int(height), int(width)),
                 batch=batch,

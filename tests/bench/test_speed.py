@@ -80,6 +80,8 @@ def test_what_cannot_run_says_why():
     ("options", "message"),
     [
         ({"like": "Qwen/Qwen9"}, "of no known size; expected one of Qwen/Qwen3-VL-2B"),
+        ({"device": "tpu"}, "--device tpu is not here; expected cpu"),
+        ({"device": "meta"}, "--device meta is not here"),
         ({"dtype": "int8"}, "none of float32, bfloat16, float16"),
         ({"frames": 0}, "--frames is 0"),
         ({"side": (0, 4)}, "--grid is 0"),
@@ -128,6 +130,9 @@ def test_the_command(tmp_path):
     done = CliRunner().invoke(app, [*words, "--grid", "16"])
     assert done.exit_code == 2
     assert "rows x columns" in done.output
+    done = CliRunner().invoke(app, ["bench", "speed", "--model", "somewhere", "--layers", "2"])
+    assert done.exit_code == 2
+    assert "--layers is for random weights" in done.output
 
 
 def test_what_the_console_says_of_real_sizes_is_what_was_measured():

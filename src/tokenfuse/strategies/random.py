@@ -19,7 +19,7 @@ class Random(Anywhere):
     tokens alone, so that every item of a size loses the same places, on every device. With
     ``layer`` the draw is among all visual tokens of a prompt, at the input of that decoder layer;
     with ``vision_block`` among those of each item, at the input of that block of the vision tower.
-    Never synchronises with the host.
+    Never synchronises with the host; what applies it inside the tower or the LLM does.
     """
 
     name: ClassVar[str] = "random"

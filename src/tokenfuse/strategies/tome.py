@@ -49,7 +49,7 @@ class ToMe(Budgeted, VitStrategy):
     proportional too. The schedule is truncated to whole numbers per block as there, so that
     ``r = 16, inflection = -1`` removes 187 tokens over 12 blocks, not 192.
 
-    Never synchronises with the host.
+    Never synchronises with the host; what applies it inside a VLM's tower does.
     """
 
     name: ClassVar[str] = "tome"

@@ -19,7 +19,8 @@ class Uniform(Anywhere):
     equal parts of the sequence. Where a row of the grid is a whole number of distances long, the
     same columns survive in every row. With ``layer`` all visual tokens of a prompt are one
     sequence, thinned out at the input of that decoder layer; with ``vision_block`` each item is,
-    at the input of that block of the vision tower. Never synchronises with the host.
+    at the input of that block of the vision tower. Never synchronises with the host;
+    what applies it inside the tower or the LLM does.
     """
 
     name: ClassVar[str] = "uniform"

@@ -155,7 +155,7 @@ def speed(
     registry = default_registry()
     candidates(names, ratios, None, registry)
     chosen = getattr(torch, dtype)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = _device(device)
     grid = (frames, *side)
     tokens = frames * side[0] * side[1]
     if source is None:
@@ -194,6 +194,20 @@ def speed(
         versions=versions(),
         rows=rows,
     )
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of a name; a GPU if there is one and none is named. Raises ConfigError."""
+    there = torch.cuda.is_available()
+    try:
+        found = torch.device(name or ("cuda" if there else "cpu"))
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda") or (found.type == "cuda" and not there):
+        raise ConfigError(
+            f"--device {name} is not here; expected cpu" + (" or cuda" if there else "")
+        )
+    return found
 
 
 class _Bench:
