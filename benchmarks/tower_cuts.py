@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import tokenfuse
-from tokenfuse.adapters._tower import PackedStage
+from tokenfuse.adapters._tower_packed import PackedStage
 from tokenfuse.bench.markdown import table
 from tokenfuse.compression import prompt_adapter
 from tokenfuse.registry import default_registry

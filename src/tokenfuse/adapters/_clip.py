@@ -9,7 +9,7 @@ from torch import nn
 
 from tokenfuse.adapters._base import Adapter
 from tokenfuse.adapters._saliency import QueriesKeys, square_frames
-from tokenfuse.adapters._tower import FrameStage
+from tokenfuse.adapters._tower_frames import FrameStage
 from tokenfuse.prompt.inputs import PIXELS
 from tokenfuse.strategies._base import Strategy
 from tokenfuse.tokens import Modality

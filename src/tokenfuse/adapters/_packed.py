@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokenfuse.adapters._base import Adapter
 from tokenfuse.adapters._saliency import QueriesKeys
-from tokenfuse.adapters._tower import PackedStage
+from tokenfuse.adapters._tower_packed import PackedStage
 from tokenfuse.prompt.inputs import PIXELS
 from tokenfuse.strategies._base import Strategy
 from tokenfuse.strategies._tower import PixelTokens
