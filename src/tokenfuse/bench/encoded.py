@@ -28,14 +28,21 @@ class EncodedPrompt:
 
     def encoded(self, configuration: Configuration) -> list[Encoded]:
         """What the vision tower makes of the prompts for this configuration."""
-        needs = needs_of(configuration.strategy)
-        strategy = configuration.strategy
-        # Options may be lists, which have no hash.
-        early = str(strategy.describe()) if acts_at_tower(strategy) else None
-        key = (frozenset(needs.items()), early)
+        key = self.key(configuration)
         if key not in self._seen:
-            self._seen[key] = encode_prompt(self.adapter, self.prompt, strategy)
+            self._seen[key] = self.encode(configuration)
         return self._seen[key]
+
+    def key(self, configuration: Configuration) -> Any:
+        """What tells apart what the vision tower has to do for a configuration."""
+        strategy = configuration.strategy
+        # A plug-in's options may have no hash.
+        early = str(strategy.describe()) if acts_at_tower(strategy) else None
+        return frozenset(needs_of(strategy).items()), early
+
+    def encode(self, configuration: Configuration) -> list[Encoded]:
+        """The same as ``encoded``, computed anew."""
+        return encode_prompt(self.adapter, self.prompt, configuration.strategy)
 
     def shorten(
         self,

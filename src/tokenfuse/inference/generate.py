@@ -42,10 +42,12 @@ def generate(
     *,
     max_new_tokens: int,
     strategy: Strategy | None = None,
+    **options: Any,
 ) -> Answered:
     """Greedy answers. ``inputs`` as for ``answers``; ``strategy``: the one that has shortened them.
 
-    It is only needed where it acts inside the LLM, too.
+    It is only needed where it acts inside the LLM, too. ``options`` are those of the model's
+    ``generate``.
     """
     turn = getattr(inputs, "turn", None)
     with (
@@ -58,6 +60,7 @@ def generate(
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
+            **options,
         )
     ids = output.sequences[:, inputs["input_ids"].shape[1] :]
     return Answered(ids, output.logits[0].float(), None if stage is None else stage.counts)

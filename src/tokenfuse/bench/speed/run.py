@@ -5,8 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,19 +25,16 @@ from tokenfuse.bench.speed.sizes import (
 )
 from tokenfuse.compression import (
     CompressedInputs,
-    acts_at_tower,
-    encode_prompt,
     prompt_adapter,
     told_by_layer,
 )
 from tokenfuse.config import Configuration, get_configuration
 from tokenfuse.costs import Stopwatch, versions
 from tokenfuse.errors import ConfigError
+from tokenfuse.inference.generate import generate
 from tokenfuse.inference.measure import Say
 from tokenfuse.registry import default_registry
 from tokenfuse.report import Report
-from tokenfuse.sessions.llm_stage import layer_stage
-from tokenfuse.sessions.proportional import proportional_attention
 
 DTYPES = ("float32", "bfloat16", "float16")
 EVERYTHING = {"strategy": "uniform", "keep_ratio": 1.0}
@@ -168,7 +164,7 @@ def speed(
 
         say("loading the model")
         model = load(source)[0].to(where, chosen)
-        check_memory(needed_bytes(model.config, tokens, batch, chosen) // 2, where)
+        check_memory(needed_bytes(model.config, tokens, batch, chosen, loaded=True), where)
     inputs = video_prompt(model, grid, batch, chosen)
     adapter = prompt_adapter(model, registry)
     found = candidates(names, ratios, adapter, registry)
@@ -235,8 +231,8 @@ class _Bench:
                 failed[place] = SpeedRow.of(candidate)
             else:
                 runs.append(_Run(candidate, candidate.configuration))
-        towers = {self._tower_key(run.configuration): run.configuration for run in runs}
-        vision: dict[str, list[float]] = {key: [] for key in towers}
+        towers = {self.prompt.key(run.configuration): run.configuration for run in runs}
+        vision: dict[Any, list[float]] = {key: [] for key in towers}
         began, done = time.perf_counter(), 0
         total = (repeats + 1) * (len(runs) + len(towers))
         for turn in range(repeats + 1):
@@ -265,29 +261,12 @@ class _Bench:
         left = (time.perf_counter() - began) / done * (total - done)
         return f"{what}, {turns}, about {left:.0f} s left"
 
-    def _tower_key(self, configuration: Configuration) -> str:
-        strategy = configuration.strategy
-        return str(strategy.describe()) if acts_at_tower(strategy) else ""
-
     def _vision(self, configuration: Configuration) -> float:
         """Milliseconds of the tower, and of what acts before and inside it."""
         watch = Stopwatch(self.model.device)
-        strategy = configuration.strategy
-        if not acts_at_tower(strategy):
-            strategy = self.everything.strategy
-        encode_prompt(self.adapter, self.prompt.prompt, strategy)
+        self.prompt.encode(configuration)
         watch.lap()
         return watch.read()[0]
-
-    @contextmanager
-    def _acting(self, run: _Run, short: CompressedInputs) -> Iterator[Any]:
-        turn = short.turn
-        shares = None if turn is None else turn.shares
-        with (
-            proportional_attention(self.model, shares),
-            layer_stage(self.model, run.configuration.strategy, turn) as stage,
-        ):
-            yield stage
 
     def _shorten(self, run: _Run) -> CompressedInputs:
         if run.candidate.configuration is None:
@@ -296,12 +275,16 @@ class _Bench:
 
     def _generate(self, run: _Run, short: CompressedInputs, **options: Any) -> Report:
         """Answer; the report of what was read."""
-        with self._acting(run, short) as stage:
-            self.model.generate(**short, do_sample=False, suppress_tokens=self.never, **options)
-        if stage is None or stage.counts is None:
+        found = generate(
+            self.model,
+            short,
+            strategy=run.configuration.strategy,
+            suppress_tokens=self.never,
+            **options,
+        )
+        if found.layers is None:
             return short.report
-        counts = stage.counts
-        return told_by_layer(self.adapter, short.report, counts.visual, counts.score_ms, short)
+        return told_by_layer(self.adapter, short.report, *found.layers, short)
 
     def _time(self, run: _Run) -> tuple[float, float, float]:
         """Milliseconds of compression, of prefill, and of each token after the first."""
@@ -326,15 +309,20 @@ class _Bench:
             self._generate(run, self._shorten(run), max_new_tokens=2, min_new_tokens=2)
         return peak()
 
-    def _row(self, run: _Run, plain: _Run, vision: Mapping[str, list[float]]) -> SpeedRow:
-        key = self._tower_key(run.configuration)
+    def _row(self, run: _Run, plain: _Run, vision: Mapping[Any, list[float]]) -> SpeedRow:
+        key = self.prompt.key(run.configuration)
         # The first of each warms up.
         tower, own, other = vision[key][1:], run.times[1:], plain.times[1:]
         compress, prefill, decode = (statistics.median(x) for x in zip(*own, strict=True))
         compress = 0.0 if run is plain else compress
         llm = [c + p for c, p, _ in own] if run is not plain else [p for _, p, _ in own]
         first = [v + x for v, x in zip(tower, llm, strict=True)]
-        whole = [v + p for v, (_, p, _) in zip(vision[""][1:], other, strict=True)]
+        whole = [
+            v + p
+            for v, (_, p, _) in zip(
+                vision[self.prompt.key(self.everything)][1:], other, strict=True
+            )
+        ]
         report, rows = run.report, len(run.report.prompt_after)
         before = report.prefill_flops_before
         return SpeedRow.of(run.candidate).model_copy(

@@ -146,8 +146,13 @@ def video_prompt(
     }
 
 
-def needed_bytes(config: Any, tokens: int, batch: int, dtype: torch.dtype) -> int:
-    """Bytes that a run will take at most, roughly: weights, pixels, tower, prefill and cache."""
+def needed_bytes(
+    config: Any, tokens: int, batch: int, dtype: torch.dtype, loaded: bool = False
+) -> int:
+    """Bytes that a run will take at most, roughly: weights, pixels, tower, prefill and cache.
+
+    ``loaded``: the weights are there already.
+    """
     text, vision = config.text_config, config.vision_config
     element = torch.empty((), dtype=dtype).element_size()
     q, kv = (n * text.head_dim for n in (text.num_attention_heads, text.num_key_value_heads))
@@ -165,7 +170,8 @@ def needed_bytes(config: Any, tokens: int, batch: int, dtype: torch.dtype) -> in
     prefill = length * (4 * text.hidden_size + 3 * text.intermediate_size)
     cache = 2 * length * kv * text.num_hidden_layers
     features = 4 * tokens * batch * text.hidden_size
-    return int(ALLOWANCE * element * (weights + pixels + max(tower, prefill + cache) + features))
+    run = pixels + max(tower, prefill + cache) + features
+    return int(ALLOWANCE * element * (run if loaded else weights + run))
 
 
 def check_memory(needed: int, device: torch.device) -> None:
