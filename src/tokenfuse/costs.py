@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Sequence
@@ -112,3 +113,16 @@ class Stopwatch:
             return [(b - a) * 1e3 for a, b in pairwise(self._marks)]
         self._events[-1].synchronize()
         return [a.elapsed_time(b) for a, b in pairwise(self._events)]
+
+
+def free_bytes() -> int | None:
+    """Memory of this machine that is free, None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            values = dict(line.split(":", 1) for line in lines)
+        return int(values["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, OSError, ValueError):
+            return None

@@ -8,6 +8,7 @@ TokenFuseError
 ├── PlanError (ValueError)            a plan is not a valid plan for its tokens
 ├── PromptError (ValueError)          a prompt does not fit its visual features
 ├── UnsupportedModelError (TypeError) no adapter matches the model, or the adapter lacks something
+├── TooLargeError (MemoryError)       what is asked for does not fit in memory
 ├── AttachError (RuntimeError)        a model is attached already, or a session is not attached
 └── VideoError (ValueError)           a file cannot be read as a video
 
@@ -53,6 +54,10 @@ class PromptError(TokenFuseError, ValueError):
 
 class UnsupportedModelError(TokenFuseError, TypeError):
     """No adapter matches the model, or the adapter lacks what a strategy needs."""
+
+
+class TooLargeError(TokenFuseError, MemoryError):
+    """What is asked for does not fit in the memory that is free."""
 
 
 class AttachError(TokenFuseError, RuntimeError):

@@ -13,7 +13,7 @@ from tokenfuse.bench.speed.page import cells, draw, page, sentence
 from tokenfuse.bench.speed.run import Speed, speed
 from tokenfuse.bench.tables import AT_SIZE
 from tokenfuse.cli import app
-from tokenfuse.errors import ConfigError, UnsupportedModelError
+from tokenfuse.errors import ConfigError, TooLargeError, UnsupportedModelError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,8 +94,8 @@ def test_wrong_options_are_refused_before_a_model_is_made(options, message):
 
 
 def test_what_does_not_fit_in_memory_is_refused_beforehand(monkeypatch):
-    monkeypatch.setattr(sizes, "_free_bytes", lambda: 10_000)
-    with pytest.raises(ConfigError, match=r"10 kB are free on cpu; expected fewer --layers"):
+    monkeypatch.setattr(sizes, "free_bytes", lambda: 10_000)
+    with pytest.raises(TooLargeError, match=r"10 kB are free on cpu; expected fewer --layers"):
         measured()
     config = sizes.config_of(sizes.size_of("Qwen/Qwen3-VL-8B-Instruct"), None, None)
     needed = sizes.needed_bytes(config, 4096, 1, torch.bfloat16)

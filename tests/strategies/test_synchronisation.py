@@ -13,8 +13,10 @@ import torch
 
 from tokenfuse import VisualTokens, get_strategy, plan
 from tokenfuse.bench.memory import peak_memory
+from tokenfuse.errors import TooLargeError
 from tokenfuse.ops import similarity, window
 from tokenfuse.registry import default_registry
+from tokenfuse.strategies import _base
 
 GRID = (5, 4, 4)
 READS = {
@@ -144,3 +146,43 @@ def test_memory_is_that_of_the_input(name, options, dtype, monkeypatch):
     with peak_memory(features.device) as peak:
         strategy.fuse(strategy.plan(tokens), features)
     assert peak() <= 1.1 * features.numel() * features.element_size()
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+@pytest.mark.parametrize("grid", [(32, 8, 8), (4, 32, 32)])
+def test_memory_is_within_what_a_strategy_says(name, grid, monkeypatch):
+    """``working_copies`` bounds what is held, beside a few times what is held at a time."""
+    monkeypatch.setattr(plan, "AT_A_TIME", 2**17)
+    for name_of, module in list(sys.modules.items()):
+        if name_of.startswith("tokenfuse.") and hasattr(module, "CHUNK"):
+            monkeypatch.setattr(module, "CHUNK", 2**17)
+    strategy = get_strategy(name, keep_ratio=0.33)
+    n, width = grid[0] * grid[1] * grid[2], 1024
+    # Bits that are narrower than those of the copies: what is copied is seen.
+    base = torch.randn(1, *grid[1:], width)
+    features = (base + 0.5 * torch.randn(*grid, width)).bfloat16()
+    text = torch.randn(8, width).bfloat16()
+    tokens = VisualTokens.from_grid(features, grid, saliency=torch.rand(n), text=text)
+    with peak_memory(features.device) as peak:
+        strategy.fuse(strategy.plan(tokens), tokens.features)
+    copies = max(0.55, strategy.working_copies)  # the fused features are there in any case
+    assert peak() <= copies * 4 * n * width + 8 * 4 * 2**17
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_what_does_not_fit_is_refused_before_it_is_copied(name, monkeypatch):
+    """The system would end the process; a strategy that streams asks for nothing."""
+    monkeypatch.setattr(_base, "ASK_FROM", 1000)
+    monkeypatch.setattr(_base, "free_bytes", lambda: 2000)
+    strategy = get_strategy(name, keep_ratio=0.33)
+    features = torch.randn(GRID[0] * GRID[1] * GRID[2], 32)
+    tokens = VisualTokens.from_grid(
+        features, GRID, saliency=torch.rand(len(features)), text=torch.randn(4, 32)
+    )
+    if strategy.working_copies:
+        with pytest.raises(TooLargeError, match=r"2 kB are free; expected fewer frames, or"):
+            strategy.plan(tokens)
+    else:
+        strategy.plan(tokens)
+    monkeypatch.setattr(_base, "free_bytes", lambda: None)
+    strategy.plan(tokens)

@@ -260,6 +260,7 @@ def of_frames(plan: FusionPlan, place: int) -> FusionPlan:
 
 
 def check_plan(plan: FusionPlan, n: int, name: str) -> None:
+    """Raise PlanError, which names the strategy, for what is no plan for ``n`` tokens."""
     if not isinstance(plan, FusionPlan):
         raise PlanError(
             f"strategy {name} returned a {type(plan).__name__} as its plan; expected a FusionPlan"

@@ -42,8 +42,9 @@ def unit(x: Float[Tensor, "*n D"]) -> tuple[Float[Tensor, "*n D"], Bool[Tensor, 
     """
     wide = x.to(torch.float32)
     norm = torch.linalg.vector_norm(wide, dim=-1)
-    sound = is_sound(norm)
-    return torch.where(sound[..., None], wide / norm[..., None], 0.0), sound.logical_not()
+    blank = is_sound(norm).logical_not()
+    # In place: features of a long video are held once more, not twice.
+    return (wide / norm[..., None]).masked_fill_(blank[..., None], 0.0), blank
 
 
 def is_sound(norm: Float[Tensor, "*n"]) -> Bool[Tensor, "*n"]:
@@ -131,7 +132,7 @@ def nearest_per_row(
     """
     (query, lost), (key, blank) = unit(queries), unit(keys)
     # In units of STEP: rounding makes a tie a tie whatever order the products are summed in.
-    query, worst = query / STEP, NO_MATCH / STEP
+    query, worst = query.div_(STEP), NO_MATCH / STEP
     bias = torch.where(blank, worst, 0.0)[:, None, :]
     # On a CPU what is compared stays in cache.
     held = CHUNK // 64 if on_host(keys) else CHUNK

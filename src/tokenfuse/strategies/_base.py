@@ -15,9 +15,11 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
-from tokenfuse.errors import ConfigError, PlanError
+from tokenfuse.costs import free_bytes, size
+from tokenfuse.errors import ConfigError, PlanError, TooLargeError
 from tokenfuse.ops.precision import outside_autocast
 from tokenfuse.ops.select import budget, top
+from tokenfuse.ops.similarity import on_host
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._fields import KeepRatio, VisionBlock
 from tokenfuse.strategies._layers import CachePruning, LayerCut
@@ -27,6 +29,8 @@ from tokenfuse.tokens import Grid, Modality, VisualTokens, describe_rows
 Stage = Literal["vit", "tower", "pre_llm", "llm"]
 Need = Literal["grid", "saliency", "text"]
 Query = Literal["each", "mean"]
+ASK_FROM = 2**30
+"""Bytes of working memory from which a strategy first looks whether there are as many."""
 MANY = 16_384
 """Tokens of an item from which a strategy that compares all pairs says so."""
 
@@ -104,6 +108,8 @@ class Strategy(BaseModel, ABC):
     """Whether it compares frames, so that it leaves an item of one frame as it is."""
     paper: ClassVar[str] = ""
     """Where the method was published."""
+    working_copies: ClassVar[float] = 0
+    """How many copies of the features in fp32 it holds at once, at most; 0 where it streams."""
     experimental: ClassVar[bool] = False
     """Whether it is a reconstruction that nothing could be compared with."""
 
@@ -294,6 +300,25 @@ def warn_of_pairs(strategy: Strategy, tokens: VisualTokens) -> None:
         )
 
 
+def refuse_beyond_memory(strategy: Strategy, tokens: VisualTokens) -> None:
+    """Raise TooLargeError where what a strategy copies would not fit in the host's memory.
+
+    The system would end the process. On a GPU torch raises an error of its own.
+    """
+    x = tokens.features
+    needed = int(4 * strategy.working_copies * x.numel())
+    # What little takes is not worth to ask the system.
+    if needed < ASK_FROM or not on_host(x):
+        return
+    free = free_bytes()
+    if free is not None and needed > free:
+        raise TooLargeError(
+            f"strategy {strategy.name} copies features in fp32: of {tokens.num_tokens} tokens of "
+            f"{x.shape[-1]} it takes up to {size(needed)}, and {size(free)} are free; expected "
+            "fewer frames, or a strategy that reads frame by frame, such as ttf or dycoke"
+        )
+
+
 def _outside_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
     """``method`` as it is outside ``torch.autocast``."""
 
@@ -354,6 +379,7 @@ class Budgeted(Strategy):
         n = tokens.num_tokens
         if self._passes(tokens.grid):
             return FusionPlan.identity(n, tokens.features.device)
+        refuse_beyond_memory(self, tokens)
         # In a chain there are fewer tokens than places.
         count = budget(self.keep_ratio, n) if self.keep_ratio else self.num_kept(tokens.grid)
         if count is None:

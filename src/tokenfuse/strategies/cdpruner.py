@@ -15,7 +15,7 @@ from tokenfuse.ops import CHUNK
 from tokenfuse.ops.select import budget, top
 from tokenfuse.ops.similarity import Cosines, to_steps, unit
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Budgeted, Need
+from tokenfuse.strategies._base import Budgeted, Need, warn_of_pairs
 from tokenfuse.strategies._fields import KeepRatio
 from tokenfuse.tokens import Grid, VisualTokens
 
@@ -55,6 +55,7 @@ class CDPruner(Budgeted):
     """
 
     name: ClassVar[str] = "cdpruner"
+    working_copies: ClassVar[float] = 3.1
     needs: ClassVar[frozenset[Need]] = frozenset({"text"})
     paper: ClassVar[str] = "arXiv 2506.10967"
 
@@ -68,6 +69,7 @@ class CDPruner(Budgeted):
     )
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
+        warn_of_pairs(self, tokens)
         n = tokens.num_tokens
         cosines = Cosines(tokens.features, _hold(n, count))
         quality = relevance(cosines.units, tokens.needed("text"))

@@ -45,6 +45,7 @@ class DART(PerhapsInside):
     """
 
     name: ClassVar[str] = "dart"
+    working_copies: ClassVar[float] = 2.1
     needs: ClassVar[frozenset[Need]] = frozenset({"text"})
     paper: ClassVar[str] = "arXiv 2502.11494"
 

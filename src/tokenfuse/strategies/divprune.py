@@ -13,7 +13,7 @@ from tokenfuse.ops import CHUNK
 from tokenfuse.ops.select import budget
 from tokenfuse.ops.similarity import Cosines, to_steps
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Budgeted
+from tokenfuse.strategies._base import Budgeted, warn_of_pairs
 from tokenfuse.strategies._fields import KeepRatio
 from tokenfuse.tokens import Grid, VisualTokens
 
@@ -38,11 +38,13 @@ class DivPrune(Budgeted):
     """
 
     name: ClassVar[str] = "divprune"
+    working_copies: ClassVar[float] = 2.1
     paper: ClassVar[str] = "arXiv 2503.02175"
 
     keep_ratio: KeepRatio = 0.098
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
+        warn_of_pairs(self, tokens)
         picks = farthest_first(tokens.features, count)
         return FusionPlan.from_survivors(picks.sort().values, tokens.num_tokens)
 

@@ -55,6 +55,7 @@ class FastVID(Attending):
     """
 
     name: ClassVar[str] = "fastvid"
+    working_copies: ClassVar[float] = 6
     needs: ClassVar[frozenset[Need]] = frozenset({"grid", "saliency"})
     query: ClassVar[Query] = "mean"
     paper: ClassVar[str] = "arXiv 2503.11187"

@@ -82,6 +82,7 @@ class HoliTom(Attending):
     """
 
     name: ClassVar[str] = "holitom"
+    working_copies: ClassVar[float] = 3
     needs: ClassVar[frozenset[Need]] = frozenset({"grid", "saliency"})
     paper: ClassVar[str] = "arXiv 2505.21334"
 

@@ -64,6 +64,7 @@ class LLaVAScissor(Budgeted):
     """
 
     name: ClassVar[str] = "llava_scissor"
+    working_copies: ClassVar[float] = 8
     needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
     paper: ClassVar[str] = "arXiv 2506.21862"
 

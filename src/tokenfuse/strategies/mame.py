@@ -135,6 +135,7 @@ class MaMe(Budgeted):
     """
 
     name: ClassVar[str] = "mame"
+    working_copies: ClassVar[float] = 6.5
     paper: ClassVar[str] = "arXiv 2604.13432"
     experimental: ClassVar[bool] = True
 

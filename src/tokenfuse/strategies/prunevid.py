@@ -51,6 +51,7 @@ class PruneVid(Budgeted):
     """
 
     name: ClassVar[str] = "prunevid"
+    working_copies: ClassVar[float] = 6
     needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
     paper: ClassVar[str] = "arXiv 2412.16117"
 

@@ -14,7 +14,7 @@ from tokenfuse.errors import ConfigError
 from tokenfuse.ops.matching import bipartite_soft_matching, most_pairs, weighted_mean
 from tokenfuse.ops.select import budget
 from tokenfuse.plan import FusionPlan
-from tokenfuse.strategies._base import Budgeted, Strategy
+from tokenfuse.strategies._base import Budgeted, Strategy, warn_of_pairs
 from tokenfuse.strategies._fields import as_tuple
 from tokenfuse.strategies._tower import TowerCut, TowerTokens
 from tokenfuse.strategies._vit import VitStrategy
@@ -53,6 +53,7 @@ class ToMe(Budgeted, VitStrategy):
     """
 
     name: ClassVar[str] = "tome"
+    working_copies: ClassVar[float] = 3.1
     paper: ClassVar[str] = "arXiv 2210.09461"
 
     keep_ratio: float = Field(
@@ -104,6 +105,7 @@ class ToMe(Budgeted, VitStrategy):
                 f"tome: r: {self.r} counts tokens per block of a vision transformer, and there are "
                 "no blocks before an LLM; expected r: null, and keep_ratio for how many stay"
             )
+        warn_of_pairs(self, tokens)
         x = tokens.features.to(torch.float32)
         plan = FusionPlan.identity(len(x), x.device)
         while plan.num_kept > count:

@@ -57,6 +57,7 @@ class ToMeSD(Budgeted):
     """
 
     name: ClassVar[str] = "tomesd"
+    working_copies: ClassVar[float] = 3.1
     needs: ClassVar[frozenset[Need]] = frozenset({"grid"})
     paper: ClassVar[str] = "arXiv 2303.17604"
 

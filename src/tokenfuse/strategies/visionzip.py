@@ -42,6 +42,7 @@ class VisionZip(Attending):
     """
 
     name: ClassVar[str] = "visionzip"
+    working_copies: ClassVar[float] = 4.5
     needs: ClassVar[frozenset[Need]] = frozenset({"grid", "saliency"})
     paper: ClassVar[str] = "arXiv 2412.04467"
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from tokenfuse.costs import free_bytes
 from tokenfuse.costs import size as readable
-from tokenfuse.errors import ConfigError, UnsupportedModelError
+from tokenfuse.errors import ConfigError, TooLargeError, UnsupportedModelError
 
 VOCABULARY = 1024
 """Of models with random weights: words make no difference to what is measured, but for the head."""
@@ -175,24 +175,11 @@ def needed_bytes(
 
 
 def check_memory(needed: int, device: torch.device) -> None:
-    """Raise ConfigError where a run would not fit in the memory that is free."""
+    """Raise TooLargeError where a run would not fit in the memory that is free."""
     cuda = device.type == "cuda"
-    free: int | None = torch.cuda.mem_get_info(device)[0] if cuda else _free_bytes()
+    free: int | None = torch.cuda.mem_get_info(device)[0] if cuda else free_bytes()
     if free is not None and needed > free:
-        raise ConfigError(
+        raise TooLargeError(
             f"the run takes about {readable(needed)}, and {readable(free)} are free on {device}; "
             "expected fewer --layers, --frames or --batch, a smaller --grid, or --dtype bfloat16"
         )
-
-
-def _free_bytes() -> int | None:
-    """Memory that is free, None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            values = dict(line.split(":", 1) for line in lines)
-        return int(values["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, OSError, ValueError):
-            return None
