@@ -330,9 +330,7 @@ def speed(
 
         names = listed(strategies or ["ttf"])
         shares = ratios(keep_ratio or ["0.33"])
-        height, _, width = grid.partition("x")
-        if not (height.isdecimal() and width.isdecimal()):
-            raise ConfigError(f"--grid {grid} is not of the form rows x columns, as in 16x16")
+        side = _side(grid)
         shape = {"--like": like, "--layers": layers, "--vision-layers": vision_layers}
         given = [name for name, value in shape.items() if value is not None]
         if model is not None and given:
@@ -355,7 +353,7 @@ def speed(
                 layers=4 if layers is None else layers or None,
                 vision_layers=4 if vision_layers is None else vision_layers or None,
                 frames=frames,
-                side=(int(height), int(width)),
+                side=side,
                 batch=batch,
                 dtype=dtype,
                 device=device,
@@ -376,6 +374,88 @@ def speed(
         _out.print(escape(about(result)), soft_wrap=True)
         print_cells(_out, HEAD, [cells(row) for row in result.rows])
         _out.print(escape(sentence(result)), soft_wrap=True)
+
+
+@bench.command()
+def matching(
+    strategies: Annotated[
+        list[str] | None,
+        typer.Option(help="Strategies or presets, commas between; all for every one."),
+    ] = None,
+    keep_ratio: Annotated[
+        list[str] | None, typer.Option(help="Shares of tokens to keep, commas between.")
+    ] = None,
+    frames: Annotated[str, typer.Option(help="Frames, commas between.")] = "16",
+    grid: Annotated[
+        str, typer.Option(help="Rows x columns of visual tokens, commas between.")
+    ] = "16x16",
+    width: Annotated[str, typer.Option(help="Dimensions of a token, commas between.")] = "2048",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16, commas between.")
+    ] = "float32",
+    kernel: Annotated[
+        str,
+        typer.Option(help="Of ttf: auto, tiles, shifts, compiled, triton, commas between."),
+    ] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU if there is one.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timings per median.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write PATH.json and PATH.md.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time how strategies choose and fuse, beside one read of the same features."""
+    with _errors():
+        from tokenfuse.bench.candidates import listed, ratios
+
+        names = listed(strategies or ["ttf"])
+        shares = ratios(keep_ratio or ["0.33"])
+        files = _files(out, (".json", ".md")) if out else {}
+        counts = [_whole("--frames", text) for text in listed([frames])]
+        sides = [_side(text) for text in listed([grid])]
+        widths = [_whole("--width", text) for text in listed([width])]
+        _quiet()
+        _set_threads(threads)
+        from tokenfuse.bench.micro import write
+        from tokenfuse.bench.speed.matching import matching as run_matching
+        from tokenfuse.bench.speed.page import MATCHING_HEAD, matching_cells, matching_page
+
+        with _progress() as say:
+            result = run_matching(
+                names,
+                shares,
+                frames=counts,
+                sides=sides,
+                widths=widths,
+                dtypes=listed([dtype]),
+                kernels=listed([kernel]),
+                device=device,
+                repeats=repeats,
+                say=say,
+            )
+        if files:
+            write(files[".json"], result.model_dump_json(indent=2) + "\n")
+            command = shlex.join(["tokenfuse", *sys.argv[1:]])
+            write(files[".md"], matching_page(result, [command]))
+    if as_json:
+        print(result.model_dump_json(indent=2))
+    else:
+        from tokenfuse.bench.tables import print_cells
+
+        print_cells(_out, MATCHING_HEAD, [matching_cells(row) for row in result.rows])
+
+
+def _side(text: str) -> tuple[int, int]:
+    """Rows and columns of ``16x16``. Raises ConfigError."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise ConfigError(f"--grid {text} is not of the form rows x columns, as in 16x16")
+    return int(height), int(width)
+
+
+def _whole(option: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"{option} {text} is no whole number; expected such as 8,16")
+    return int(text)
 
 
 @app.command()
@@ -509,11 +589,11 @@ def _with_note(result: Result, video: str | None) -> Result:
     return result.model_copy(update={"note": MICRO_NOTE})
 
 
-def _files(prefix: Path) -> dict[str, Path]:
+def _files(prefix: Path, endings: Sequence[str] = ENDINGS) -> dict[str, Path]:
     """The files of ``--out`` by their endings. Raises ConfigError where one cannot be written."""
     if prefix.name in ("", ".."):
         raise ConfigError(f"--out {prefix} is a folder; expected a name: {prefix / 'scores'}")
-    files = {end: prefix.with_name(prefix.name + end) for end in ENDINGS}
+    files = {end: prefix.with_name(prefix.name + end) for end in endings}
     for path in files.values():
         if path.is_dir():
             raise ConfigError(f"{path} is a folder; expected a file: choose another --out")

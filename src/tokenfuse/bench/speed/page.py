@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module  # matplotlib by name: type checkers run without it
 from pathlib import Path
 from typing import Any
 
 from tokenfuse.bench.markdown import NONE, table
+from tokenfuse.bench.speed.matching import Matching, MatchingRow
 from tokenfuse.bench.speed.run import Speed, SpeedRow
 from tokenfuse.costs import size
 from tokenfuse.errors import ConfigError
@@ -24,6 +26,20 @@ HEAD = [
     "per token",
     "peak",
     "cache",
+]
+MATCHING_HEAD = [
+    "strategy",
+    "kept",
+    "frames",
+    "grid",
+    "width",
+    "dtype",
+    "kernel",
+    "plan",
+    "reads",
+    "fuse",
+    "fuse reads",
+    "one read",
 ]
 PARTS = {"vision_ms": "#b8b8b8", "compress_ms": "#d55e00", "prefill_ms": "#0072b2"}
 
@@ -138,6 +154,48 @@ def draw(result: Speed, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plots.close(figure)
+
+
+def matching_cells(row: MatchingRow) -> list[str]:
+    """One row of the table of matching, in the order of MATCHING_HEAD."""
+    frames, height, width = row.grid
+    kept = "" if row.keep_ratio is None else f"{row.keep_ratio:.0%}"
+    shape = [str(frames), f"{height}×{width}", str(row.width), row.dtype, row.kernel]
+    if row.plan_ms is None:
+        return [row.strategy, kept, *shape, row.reason or NONE, *[NONE] * 4]
+    return [
+        row.strategy,
+        kept,
+        *shape,
+        _ms(row.plan_ms),
+        f"{row.reads:.1f}",
+        _ms(row.fuse_ms),
+        f"{row.fuse_reads:.1f}",
+        _ms(row.read_ms),
+    ]
+
+
+def matching_page(result: Matching, commands: Sequence[str]) -> str:
+    """The page of matching in Markdown."""
+    rows = [matching_cells(row) for row in result.rows]
+    lines = "\n".join(f"$ {command}" for command in commands)
+    return f"""\
+# Time of matching
+
+How long a whole plan takes, from features to survivors, in units of one full read of the same
+features (`features.sum()`), and how long fusing by it takes. {result.device}, {result.threads}
+threads; medians of {result.repeats} runs, which took turns, after one to warm up. Trust the ratios
+and not the milliseconds. *Kernel* is which code searches the local window of `ttf`: see
+[Performance](../explanation/performance.md).
+
+{table(MATCHING_HEAD, rows, left=1).strip()}
+
+```console
+{lines}
+```
+
+{", ".join(f"{name} {version}" for name, version in result.versions.items())}; {result.machine}.
+"""
 
 
 def _ms(value: float | None) -> str:

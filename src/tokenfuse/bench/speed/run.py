@@ -151,7 +151,7 @@ def speed(
     registry = default_registry()
     candidates(names, ratios, None, registry)
     chosen = getattr(torch, dtype)
-    where = _device(device)
+    where = device_of(device)
     grid = (frames, *side)
     tokens = frames * side[0] * side[1]
     if source is None:
@@ -192,7 +192,7 @@ def speed(
     )
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
     """The device of a name; a GPU if there is one and none is named. Raises ConfigError."""
     there = torch.cuda.is_available()
     try:
