@@ -29,6 +29,7 @@ from tokenfuse.costs import (
     versions,
 )
 from tokenfuse.errors import ConfigError, PlanError, PromptError, UnsupportedModelError
+from tokenfuse.ops.precision import all_finite
 from tokenfuse.plan import FusionPlan
 from tokenfuse.prompt.cache import cache_of
 from tokenfuse.prompt.inputs import MODALITIES, PIXELS, Prompt
@@ -583,7 +584,7 @@ def _fused(
         if by is None:
             return plan.fuse(x)
         made = by.checked_fuse(plan, x)
-        finite.append(made.isfinite().all())
+        finite.append(all_finite(made))
         return made
 
     return adapter.fuse(part, plans, fuse)

@@ -113,7 +113,7 @@ class FusionPlan:
         Raises PlanError if ``x`` has not N rows.
         """
         _check_rows(x, self.num_source)
-        return x if self.num_kept == self.num_source else x[self.survivors]
+        return x if self.num_kept == self.num_source else x.index_select(0, self.survivors)
 
     def fuse(self, x: Float[Tensor, "N ..."], reduce: Reduce = "mean") -> Float[Tensor, "M ..."]:
         """One row per survivor: the mean of all that belong to it, or its own row.

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokenfuse.errors import TokensError
+from tokenfuse.ops.precision import all_finite
 
 Grid = tuple[int, int, int]
 Modality = Literal["image", "video"]
@@ -107,11 +108,11 @@ class VisualTokens:
 
     def check_finite(self) -> None:
         """Raise TokensError for NaN, Inf and negative saliency. One host synchronisation."""
-        sound = [torch.isfinite(self.features).all()]
+        sound = [all_finite(self.features)]
         if self.saliency is not None:
-            sound.append((torch.isfinite(self.saliency) & (self.saliency >= 0)).all())
+            sound.append(all_finite(self.saliency) & (self.saliency >= 0).all())
         if self.text is not None:
-            sound.append(torch.isfinite(self.text).all().to(self.features.device))
+            sound.append(all_finite(self.text).to(self.features.device))
         if all(torch.stack(sound).tolist()) if len(sound) > 1 else bool(sound[0]):
             return
         if bool(sound[0]):
