@@ -767,10 +767,10 @@ def _apply(fuse: Fuse, plan: FusionPlan, span: Span, part: Tensor) -> Tensor:
         fused = fuse(plan, part)
         if plan.frame_order is None:
             return fused
-        return fused[plan.prompt_order(plan.survivors // prod(span.grid[1:]))]
+        return fused.index_select(0, plan.prompt_order(plan.survivors // prod(span.grid[1:])))
     tokens = span.tokens(part.device)
     survivors = tokens[plan.survivors]
-    fused = fuse(plan, part[tokens]).to(part.dtype)
+    fused = fuse(plan, part.index_select(0, tokens)).to(part.dtype)
     stay = torch.cat([survivors, span.others(part.device)])
     if plan.frame_order is None:
         stay = stay.sort().values
