@@ -106,12 +106,19 @@ def run(
     compare: Annotated[bool, typer.Option(help="Answer without compression too.")] = True,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timings per median.")] = 3,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw what was kept: a .png, .gif, .mp4 or .html.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Answer a question about a video, with and without compression."""
     with _errors():
         from tokenfuse.config import get_configuration
 
+        if picture:
+            from tokenfuse.pictures.token_map import check_path
+
+            check_path(picture)
         chosen = get_configuration(strategy, **_overrides(options or []))
         _quiet()
         from tokenfuse.bench.tables import print_run
@@ -127,6 +134,7 @@ def run(
                 compare=compare,
                 max_new_tokens=max_new_tokens,
                 repeats=repeats,
+                picture=picture,
                 say=say,
             )
         result = _with_note(result, video)
@@ -134,6 +142,62 @@ def run(
         print(result.model_dump_json(indent=2))
     else:
         print_run(_out, result)
+        if picture:
+            _out.print(f"drawn: {picture}", soft_wrap=True)
+
+
+@app.command()
+def show(
+    video: Annotated[
+        str | None, typer.Argument(help="Video file; a short clip of tokenfuse's own if left out.")
+    ] = None,
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(help="A .png, .gif, .mp4 or .html; may be repeated. kept.png if left out."),
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="Strategy, preset or YAML file.")] = "ttf",
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="Option of the strategy: threshold=0.8")
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(help="What is asked, for strategies that read it.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id; the micro Qwen3-VL if left out.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to sample, evenly in time.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames to sample per second.")] = None,
+    most: Annotated[
+        int, typer.Option(min=1, help="Frames that a picture shows, evenly chosen.")
+    ] = 16,
+) -> None:
+    """Draw which visual tokens of a video a strategy keeps, and where the others go."""
+    with _errors():
+        from tokenfuse.config import get_configuration
+        from tokenfuse.pictures.token_map import check_path
+
+        files = [check_path(path) for path in out or [Path("kept.png")]]
+        chosen = get_configuration(strategy, **_overrides(options or []))
+        _quiet()
+        from tokenfuse.inference.run import prepare, traced
+
+        with _progress() as say:
+            path, asked = _asked(video, question)
+            ready = prepare(path, asked, _source(model), frames=frames, fps=fps, repeats=1, say=say)
+            say("following the tokens")
+            maps = traced(ready, chosen)
+            for file in files:
+                say(f"drawing {file}")
+                for number, found in enumerate(maps):
+                    name = file if not number else file.with_stem(f"{file.stem}-{number}")
+                    found.save(name, most)
+    from tokenfuse.pictures._draw import caption
+
+    for found in maps:
+        for number in range(len(found.steps)):
+            _out.print(escape(caption(found, number)), soft_wrap=True)
+    for file in files:
+        _out.print(f"drawn: {file}", soft_wrap=True)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from tokenfuse.errors import PlanError
 from tokenfuse.tokens import Grid
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Reduce = Literal["mean", "keep"]
 DROPPED = -1
@@ -62,6 +65,24 @@ class FusionPlan:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.num_kept} of {self.num_source} kept)"
+
+    def _repr_html_(self) -> str:
+        from tokenfuse.pictures._html import plan_html
+
+        return plan_html(self)
+
+    def show(self, frames: Any, grid: Grid | None = None, *, most: int | None = 16) -> Image:
+        """A picture of what is kept: what went is dimmed, what is left is outlined.
+
+        ``frames``: ``(T, height, width, 3)``, an array or a tensor, uint8 or floats from 0 to 1:
+        one picture for each frame of the grid. ``grid``: of the plan's tokens; if left out, that
+        of square frames. ``most``: frames that are shown, evenly chosen; None for all.
+
+        Raises TokensError where frames, plan and grid do not fit together.
+        """
+        from tokenfuse.pictures.token_map import TokenMap
+
+        return TokenMap.from_plan(frames, self, grid).sheet(most)
 
     @property
     def num_source(self) -> int:

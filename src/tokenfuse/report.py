@@ -134,6 +134,11 @@ class Report(BaseModel):
         """1 - keep ratio."""
         return 1 - self.keep_ratio
 
+    def _repr_html_(self) -> str:
+        from tokenfuse.pictures._html import report_html
+
+        return report_html(self)
+
     def __str__(self) -> str:
         cache = size(self.kv_cache_bytes_before), size(self.kv_cache_bytes_after)
         prefill = flops(self.prefill_flops_before), flops(self.prefill_flops_after)

@@ -141,6 +141,11 @@ class VisualTokens:
             "dtype (fp16 overflows where bf16 does not)"
         )
 
+    def _repr_html_(self) -> str:
+        from tokenfuse.pictures._html import tokens_html
+
+        return tokens_html(self)
+
     def __repr__(self) -> str:
         t, h, w = self.grid
         places = f"{t}×{h}×{w}"

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from tokenfuse.config import Configuration
-from tokenfuse.inference.inputs import video_inputs
+from tokenfuse.inference.inputs import frames_as_images, video_inputs
 from tokenfuse.inference.load import load
 from tokenfuse.inference.measure import (
     Measured,
@@ -19,6 +19,7 @@ from tokenfuse.inference.measure import (
     measure_times,
 )
 from tokenfuse.inference.video import Video, read_video
+from tokenfuse.pictures import TokenMap, trace
 from tokenfuse.report import Report
 
 
@@ -126,12 +127,14 @@ def run(
     compare: bool = True,
     max_new_tokens: int = 64,
     repeats: int = 3,
+    picture: Path | None = None,
     say: Say = lambda _: None,
 ) -> RunResult:
     """Decode a video and ask a model, with compression and, if ``compare``, without.
 
     ``source``: the model's folder or hub id. ``frames`` or ``fps`` sample the video as for
-    ``read_video``. ``say`` hears of each step.
+    ``read_video``. ``picture``: a file into which what was kept is drawn. ``say`` hears of each
+    step.
 
     Raises VideoError, UnsupportedModelError, ConfigError or PromptError.
     """
@@ -145,10 +148,28 @@ def run(
     plain = answer(None) if compare else None
     short = answer(configuration)
     measure_times(model, inputs, [plain, short] if plain else [short], repeats, say)
+    if picture is not None:
+        say(f"drawing {picture}")
+        traced(ready, configuration)[0].save(picture)
     return RunResult(
         **ready.about,
         timestamps=ready.video.timestamps,
         compressed=Answer(text=short.text, ttft_ms=short.ttft_ms),
         uncompressed=Answer(text=plain.text, ttft_ms=plain.ttft_ms) if plain else None,
         report=short.report,
+    )
+
+
+def traced(ready: Ready, configuration: Configuration) -> list[TokenMap]:
+    """What becomes of each token of the video."""
+    video = ready.video
+    alone = frames_as_images(ready.inputs)
+    return trace(
+        ready.model,
+        ready.processor,
+        ready.inputs,
+        configuration,
+        frames=[video.frames],
+        timestamps=[video.timestamps],
+        frames_as_images=alone,
     )
