@@ -28,8 +28,9 @@ FLOORS = (
     ("strategies",),
     ("ops", "prompt"),
     ("plan", "report"),
-    ("costs",),
     ("tokens",),
+    ("pictures",),
+    ("costs",),
     ("errors",),
 )
 """The rooms of the package, from the roof down. A room sees those below it, none beside it."""

@@ -29,7 +29,6 @@ from tokenfuse.costs import (
     versions,
 )
 from tokenfuse.errors import ConfigError, PlanError, PromptError, UnsupportedModelError
-from tokenfuse.ops.precision import all_finite
 from tokenfuse.plan import FusionPlan
 from tokenfuse.prompt.cache import cache_of
 from tokenfuse.prompt.inputs import MODALITIES, PIXELS, Prompt
@@ -42,7 +41,7 @@ from tokenfuse.report import ItemReport, Report
 from tokenfuse.strategies._base import Needs, Strategy
 from tokenfuse.strategies._parts import silent
 from tokenfuse.strategies._tower import TowerPlan
-from tokenfuse.tokens import Grid, Modality, VisualTokens, grid_coords
+from tokenfuse.tokens import Grid, Modality, VisualTokens, all_finite, grid_coords
 
 # Reading the metadata of packages takes milliseconds.
 _versions = functools.cache(versions)

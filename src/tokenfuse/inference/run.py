@@ -18,8 +18,9 @@ from tokenfuse.inference.measure import (
     measure_answer,
     measure_times,
 )
+from tokenfuse.inference.trace import trace
 from tokenfuse.inference.video import Video, read_video
-from tokenfuse.pictures import TokenMap, trace
+from tokenfuse.pictures import TokenMap
 from tokenfuse.report import Report
 
 

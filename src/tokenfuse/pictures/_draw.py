@@ -6,11 +6,13 @@ from fractions import Fraction
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tokenfuse.pictures.token_map import TokenMap
+if TYPE_CHECKING:
+    from tokenfuse.pictures.token_map import TokenMap
 
 WIDTH = 232
 """Pixels of a frame in a picture, about."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 from tokenfuse.costs import flops, size
-from tokenfuse.pictures.token_map import MOST
-from tokenfuse.plan import FusionPlan
-from tokenfuse.report import Report
-from tokenfuse.tokens import VisualTokens
 
+if TYPE_CHECKING:
+    from tokenfuse.plan import FusionPlan
+    from tokenfuse.report import Report
+    from tokenfuse.tokens import VisualTokens
+
+MOST = 16
+"""Frames of which a bar is drawn, evenly chosen."""
 CELLS = 2048
 """Tokens of a plan that are drawn one by one; of more, each cell is several."""
 KEPT, GONE = "#d9480f", "#dee2e6"

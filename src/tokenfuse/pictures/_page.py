@@ -6,12 +6,16 @@ import base64
 import io
 from html import escape
 from itertools import count
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from tokenfuse.pictures._draw import caption, label
-from tokenfuse.pictures.token_map import TokenMap
+
+if TYPE_CHECKING:
+    from tokenfuse.pictures.token_map import TokenMap
 
 _numbers = count()
 
@@ -136,7 +140,7 @@ def _where(tokens: TokenMap, place: int) -> str:
     return f"frame {frame}, row {inside // columns}, column {inside % columns}"
 
 
-def _source(frame: np.ndarray) -> str:  # type: ignore[type-arg]
+def _source(frame: npt.NDArray[np.uint8]) -> str:
     """A frame as a data URL: small ones without loss, larger ones as JPEG."""
     picture = Image.fromarray(frame)
     held = io.BytesIO()

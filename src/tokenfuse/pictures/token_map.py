@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenfuse.errors import ConfigError, TokensError
-from tokenfuse.tokens import Grid
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from tokenfuse.plan import FusionPlan
+    from tokenfuse.tokens import Grid
 
 ENDINGS = (".png", ".gif", ".mp4", ".html")
 """Of the files that ``TokenMap.save`` writes."""

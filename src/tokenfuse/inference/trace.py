@@ -22,8 +22,8 @@ from tokenfuse.compression import (
 )
 from tokenfuse.config import StrategyLike, get_configuration
 from tokenfuse.errors import PromptError
+from tokenfuse.inference.shown import Pictures, resized_frames, shown_frames
 from tokenfuse.ops.similarity import NO_MATCH, rowwise
-from tokenfuse.pictures._frames import Pictures, resized_frames, shown_frames
 from tokenfuse.pictures.token_map import Step, TokenMap, targets
 from tokenfuse.plan import FusionPlan
 from tokenfuse.registry import Registry, default_registry
@@ -51,7 +51,8 @@ def trace(
 
     ``inputs``: the processor's, of one prompt. ``frames``: what each image or video showed, ``(F,
     height, width, 3)`` uint8, for models whose processor's pixels cannot be turned back into
-    pictures; ``timestamps``: when, one for each of these frames. A strategy that acts inside the
+    pictures; ``timestamps``: when, one for each of these frames; both for the images of the prompt,
+    then for its videos, as the maps come. A strategy that acts inside the
     LLM is followed layer by layer, for which the model reads the prompt once.
 
     Raises PromptError for a batch of several prompts, one without images and videos, and pixels
@@ -75,6 +76,13 @@ def trace(
         if hook == "tokenfuse_planned":
             seen.append((arguments["tokens"], arguments["plan"]))
 
+    count = sum(len(part.items) for part in encoded)
+    for name, value in (("frames", frames), ("timestamps", timestamps)):
+        if value is not None and len(value) != count:
+            raise PromptError(
+                f"{name} are {len(value)} and the prompt shows {count} images and videos; expected "
+                "as many: those of the images, then those of the videos"
+            )
     short = compress_prompt(adapter, prompt, chosen, encoded=encoded, observe=observe)
     layers = _layer_steps(model, chosen.strategy, short, encoded)
     maps, number = [], 0

@@ -72,6 +72,6 @@ def _unpacked(values: Tensor, part: Any, number: int, grids: Sequence[Grid]) -> 
     t, h, w = grids[number]
     own = values.split(lengths)[number]
     cells = own.view(t, h, w, merge, merge, -1, temporal, patch, patch)[:, :, :, :, :, :, 0]
-    return cells.permute(0, 1, 3, 6, 2, 4, 7, 5).reshape(
-        t, h * merge * patch, w * merge * patch, -1
-    )
+    high, wide = h * merge * patch, w * merge * patch
+    pictures: Tensor = cells.permute(0, 1, 3, 6, 2, 4, 7, 5).reshape(t, high, wide, -1)
+    return pictures

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokenfuse.ops.precision import all_finite
+from tokenfuse.tokens import all_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
