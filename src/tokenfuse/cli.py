@@ -523,6 +523,79 @@ def _whole(option: str, text: str) -> int:
 
 
 @app.command()
+def calibrate(
+    clips: Annotated[
+        list[str] | None,
+        typer.Argument(help="Video files; a short clip of tokenfuse's own if left out."),
+    ] = None,
+    strategy: Annotated[
+        str, typer.Option(help="Strategy, preset or YAML file that a threshold decides.")
+    ] = "ttf",
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="Another option of the strategy: window=5")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id; the micro Qwen3-VL if left out.")
+    ] = None,
+    thresholds: Annotated[
+        str | None, typer.Option(help="Thresholds to try, commas between; 0.5 to 0.95.")
+    ] = None,
+    keep_ratio: Annotated[
+        list[str] | None,
+        typer.Option(help="Shares of tokens whose threshold is looked for; 0.33 if left out."),
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to sample, evenly in time.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames to sample per second.")] = None,
+    picture: Annotated[Path | None, typer.Option("--plot", help="Draw it into this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What each threshold removes of your own clips, and which one keeps a wanted share."""
+    with _errors():
+        from tokenfuse.bench import plot
+        from tokenfuse.bench.candidates import listed, ratios
+        from tokenfuse.config import get_configuration
+
+        if picture:
+            plot.check(picture)
+        shares = ratios(keep_ratio or ["0.33"])
+        tried = [_number("--thresholds", text) for text in listed([thresholds or ""])]
+        chosen = get_configuration(strategy, **_overrides(options or []))
+        _quiet()
+        from tokenfuse.bench import calibrate as bench_calibrate
+
+        with _progress() as say:
+            result = bench_calibrate.calibrate(
+                clips or [_asked(None, None)[0]],
+                chosen,
+                source=_source(model),
+                thresholds=tried or bench_calibrate.THRESHOLDS,
+                ratios=shares,
+                frames=frames,
+                fps=fps,
+                say=say,
+            )
+        if picture:
+            plot.draw(bench_calibrate.curves(result), picture)
+    if as_json:
+        print(result.model_dump_json(indent=2))
+    else:
+        from tokenfuse.bench.tables import print_cells
+
+        rows = [bench_calibrate.cells(row) for row in result.rows]
+        print_cells(_out, bench_calibrate.HEAD, rows)
+        for wanted in result.wanted:
+            _out.print()
+            _out.print(escape(bench_calibrate.as_yaml(result, wanted)), soft_wrap=True)
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"{option} {text} is no number; expected such as 0.6,0.7") from None
+
+
+@app.command()
 def strategies(as_json: Json = False) -> None:
     """List the registered strategies."""
     with _errors():

@@ -382,7 +382,7 @@ def test_out_writes_scores_a_page_and_a_picture(tmp_path):
         "--micro 1 --strategies uniform,frame_subsample --keep-ratio 0.5,0.25 --threads 1 "
         f"--out {name}"
     )
-    assert f"$ tokenfuse compare {command}\n" in text
+    assert f"$ tokenfuse compare {command}\n" in text.replace(" \\\n      ", " ")
     assert "(v1.0.png)" in text
     assert "| `uniform` (control) |" in text
     assert "Wilson" in text

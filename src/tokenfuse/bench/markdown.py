@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 
 NONE = "–"
@@ -18,6 +19,28 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 
     marks = ["---"] * left + ["---:"] * (len(columns) - left)
     lines = [columns, marks, *([_cell(text) for text in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+WIDEST = 84
+"""Columns of a command that a page shows without cutting it."""
+
+
+def shell(command: str) -> str:
+    """A command as a shell takes it, over as many lines as it needs."""
+    parts: list[str] = []
+    for word in shlex.split(command):
+        # An option and its value stay together.
+        if parts and parts[-1].startswith("--") and " " not in parts[-1] and word[:1] != "-":
+            parts[-1] += f" {shlex.quote(word)}"
+        else:
+            parts.append(shlex.quote(word))
+    lines = ["$"]
+    for word in parts:
+        if len(lines[-1]) + len(word) > WIDEST - 3 and lines[-1] != "$":
+            lines[-1] += " \\"
+            lines.append("     ")
+        lines[-1] += f" {word}"
+    return "\n".join(lines)
 
 
 def _cell(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tokenfuse.bench.candidates import CONTROLS
-from tokenfuse.bench.markdown import NONE, table
+from tokenfuse.bench.markdown import NONE, shell, table
 from tokenfuse.bench.micro import OWN_MODEL, Benchmark, Score, interval
 from tokenfuse.config import get_configuration
 from tokenfuse.micro.build import TOKENS_PER_FRAME
@@ -57,7 +57,7 @@ about long videos.
 {cannot}## How it was measured
 
 ```console
-$ {command}
+{command}
 ```
 
 {versions}.
@@ -110,7 +110,7 @@ def page(result: Benchmark, picture: str, command: str) -> str:
         dtype=result.dtype,
         time=over_ratios(lambda score: f"{score.plan_ms:.2f}"),
         cannot=_cannot(others),
-        command=command,
+        command=shell(command),
         versions=", ".join(f"{name} {number}" for name, number in result.versions.items()),
     )
 

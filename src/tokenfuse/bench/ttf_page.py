@@ -64,7 +64,7 @@ files of such features. The whole clips are 3 MB each and are not in the reposit
 every second frame of their middle 8 × 8 places.
 
 ```console
-$ python -m tokenfuse.bench.ttf_page tests/data/bikes-slice.safetensors \
+$ python -m tokenfuse.bench.ttf_page tests/data/bikes-slice.safetensors \\
       tests/data/bigbuckbunny-slice.safetensors
 $ python -m tokenfuse.bench.ttf_page FILE...
 ```

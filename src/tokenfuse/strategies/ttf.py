@@ -95,8 +95,7 @@ class TTF(Budgeted):
     )
     order: Literal["anchor_first", "time"] = Field(
         "anchor_first",
-        description="anchor_first: an anchor frame stands in the prompt before all that it "
-        "absorbed from; time: frames stay in their order",
+        description="anchor_first: anchors before what they absorbed from; time: as they were",
     )
     segments: Literal["auto", "single"] = Field(
         "single", description="single: one anchor; auto: new anchors after scene changes"
@@ -109,8 +108,7 @@ class TTF(Budgeted):
     )
     guard: Literal["none", "motion"] = Field(
         "none",
-        description="none: as published; motion: a match at another place counts only where the "
-        "places around it moved alike",
+        description="motion: a match elsewhere counts only where places around moved alike",
     )
     min_tokens_per_frame: int = Field(
         0, ge=0, description="least similar tokens of each frame that always stay"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tokenfuse.bench.markdown import NONE, table
+from tokenfuse.bench.markdown import NONE, shell, table
 from tokenfuse.bench.paired import Interval
 from tokenfuse.bench.retention.plan import BLIND, CHECKS, UNDECIDED, Plan, Setting
 from tokenfuse.bench.retention.summary import (
@@ -48,7 +48,7 @@ that gives no answer of the task at all scores 0.
 ## How it was measured
 
 ```console
-$ {command}
+{command}
 ```
 
 A run that is killed goes on where it stopped. On {device} in {dtype}; {versions}.
@@ -88,7 +88,7 @@ def page(
         plain=_uncompressed(models),
         sweeps="\n".join(sweeps),
         focus="\n".join(focus),
-        command=command,
+        command=shell(command),
         device=header.device,
         dtype=header.dtype,
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),

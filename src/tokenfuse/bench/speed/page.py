@@ -7,7 +7,7 @@ from importlib import import_module  # matplotlib by name: type checkers run wit
 from pathlib import Path
 from typing import Any
 
-from tokenfuse.bench.markdown import NONE, table
+from tokenfuse.bench.markdown import NONE, shell, table
 from tokenfuse.bench.speed.matching import Matching, MatchingRow
 from tokenfuse.bench.speed.run import Speed, SpeedRow
 from tokenfuse.costs import size
@@ -100,7 +100,7 @@ compression, prefill and two tokens take, beside weights and inputs. Medians of 
 runs, which took turns, after one to warm up.
 
 ```console
-$ {command}
+{shell(command)}
 ```
 
 {", ".join(f"{name} {version}" for name, version in result.versions.items())}; {result.machine}.
@@ -178,14 +178,17 @@ def matching_cells(row: MatchingRow) -> list[str]:
 def matching_page(result: Matching, commands: Sequence[str]) -> str:
     """The page of matching in Markdown."""
     rows = [matching_cells(row) for row in result.rows]
-    lines = "\n".join(f"$ {command}" for command in commands)
+    lines = "\n".join(map(shell, commands))
+    shapes = {(row.grid, row.width) for row in result.rows}
+    over = ", shape by shape" if len(shapes) > 1 else ""
+    over += ", kernel by kernel" if len({row.kernel for row in result.rows}) > 1 else ""
     return f"""\
-# Time of matching
+# Time of matching{over}
 
 How long a whole plan takes, from features to survivors, in units of one full read of the same
-features (`features.sum()`), and how long fusing by it takes. {result.device}, {result.threads}
-threads; medians of {result.repeats} runs, which took turns, after one to warm up. Trust the ratios
-and not the milliseconds. *Kernel* is which code searches the local window of `ttf`: see
+features (`features.sum()`), and how long fusing by it takes. {result.device}, threads:
+{result.threads}; medians of {result.repeats} runs, which took turns, after one to warm up. Trust
+the ratios and not the milliseconds. *Kernel* is which code searches the local window of `ttf`: see
 [Performance](../explanation/performance.md).
 
 {table(MATCHING_HEAD, rows, left=1).strip()}
