@@ -635,6 +635,31 @@ def adapters(as_json: Json = False) -> None:
 
 
 @app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Folder or hub id.")], as_json: Json = False
+) -> None:
+    """Say from a model's configuration alone whether it is supported, and which strategies act."""
+    with _errors():
+        _quiet()
+        from tokenfuse.inference.check import check_model
+
+        found = check_model(model)
+    if as_json:
+        print(found.model_dump_json(indent=2))
+        return
+    lines = [
+        f"{found.model}: {found.architecture} (model_type {found.model_type})",
+        f"adapter     {found.adapter}",
+        f"shows       {', '.join(found.shows)}",
+        f"supplies    {', '.join(found.supplies) or 'features only'}",
+        f"strategies  {len(found.strategies)} can act: {', '.join(found.strategies)}",
+        *(f"not {name}: {reason}" for name, reason in found.refused.items()),
+    ]
+    for line in lines:
+        _out.print(escape(line), soft_wrap=True)
+
+
+@app.command()
 def env(as_json: Json = False) -> None:
     """Print the versions, the device and the plugins: what a report of a bug should say."""
     with _errors():

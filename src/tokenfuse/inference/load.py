@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,22 @@ def load(source: str | Path) -> tuple[Any, Any]:
         processor = AutoProcessor.from_pretrained(source)
         model = AutoModelForImageTextToText.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(
-            f"{source} cannot be loaded as an image-text-to-text model: {first}. Expected a folder "
-            "with a transformers checkpoint and its processor, or a hub id such as "
-            "Qwen/Qwen3-VL-8B-Instruct"
-        ) from error
+        raise unreadable(source, error) from error
     return model.eval(), processor
+
+
+def unreadable(source: str | Path, error: Exception) -> UnsupportedModelError:
+    """What to tell where transformers cannot read a folder or a hub id."""
+    words = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if offline or "couldn't connect" in words or "offline" in words.lower():
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        return UnsupportedModelError(
+            f"{source} is no folder here and not in the cache, and {why}; expected a folder, or a "
+            "network: download it where there is one, with hf download"
+        )
+    return UnsupportedModelError(
+        f"{source} cannot be loaded as an image-text-to-text model: {words}. Expected a folder "
+        "with a transformers checkpoint and its processor, or a hub id such as "
+        "Qwen/Qwen3-VL-8B-Instruct"
+    )
