@@ -85,9 +85,11 @@ def test_what_failed_and_what_was_not_run_is_said():
         {"5.7.0": {"mine": earlier}, "5.8.0": broken, "5.9.0": {}, "5.10.0": {"mine": entry}}
     )
     versions = " | ".join(f"transformers 5.{minor}.0" for minor in (10, 9, 8, 7))
-    assert f"| saliency | batch | inside the tower | inside the LLM | {versions} |" in text
+    assert f"| DeepStack | batch | {versions} |" in text
+    assert "| inside the tower | inside the LLM | 5.10.0 | 5.9.0 | 5.8.0 | 5.7.0 |" in text
+    assert "| mine | – | images, videos | – | – | sliding windows | ✗ | – | ✗ | ✓ |" in text
     assert (
-        "| mine | `Mine` | `mine` | images, videos | 1-D | yes | – | – | – | sliding windows "
+        "| mine | `Mine` | `mine` | 1-D | yes | – "
         "| 7 passed, 2 skipped, **1 failed** | not run | its own forward raises IndexError "
         "| 7 passed, 2 skipped, by an earlier kit |"
     ) in text
