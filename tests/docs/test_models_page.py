@@ -86,7 +86,7 @@ def test_what_failed_and_what_was_not_run_is_said():
     )
     versions = " | ".join(f"transformers 5.{minor}.0" for minor in (10, 9, 8, 7))
     assert f"| DeepStack | batch | {versions} |" in text
-    assert "| inside the tower | inside the LLM | 5.10.0 | 5.9.0 | 5.8.0 | 5.7.0 |" in text
+    assert f"| inside the tower | inside the LLM | {versions} |" in text
     assert "| mine | – | images, videos | – | – | sliding windows | ✗ | – | ✗ | ✓ |" in text
     assert (
         "| mine | `Mine` | `mine` | 1-D | yes | – "

@@ -105,7 +105,7 @@ def page(recorded: Mapping[str, Mapping[str, Any]]) -> str:
     versions = sorted(recorded, key=_number, reverse=True)
     newest = recorded[versions[0]]
     columns = ["family", "for example", "shows", "saliency", "inside the tower"]
-    columns += ["inside the LLM", *versions]
+    columns += ["inside the LLM", *(f"transformers {version}" for version in versions)]
     proofs = ["family", "class", "adapter", "rope", "DeepStack", "batch"]
     proofs += [f"transformers {version}" for version in versions]
     rows, proof = [], []
