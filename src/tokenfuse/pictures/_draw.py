@@ -136,7 +136,8 @@ def _panel(tokens: TokenMap, number: int, frame: int) -> Image.Image:
     for i, (top, bottom) in enumerate(pairwise(edges_y)):
         for j, (left, end) in enumerate(pairwise(edges_x)):
             if kept[i, j]:
-                box = (left, top + LINE, end - 1, bottom + LINE - 1)
+                # Neighbours share a line.
+                box = (left, top + LINE, min(end, wide - 1), min(bottom, high - 1) + LINE)
                 draw.rectangle(box, outline=KEPT)
     if anchor:
         draw.rectangle((0, LINE, wide - 1, high + LINE - 1), outline=ANCHOR, width=3)
