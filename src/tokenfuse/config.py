@@ -381,7 +381,7 @@ def _read(path: Path, where: _Where) -> tuple[dict[str, Any], _Where]:
             raise ConfigError(
                 f"{before}{path} holds {_KINDS[type(node)]}; expected a mapping such as {KEY}: ttf"
             )
-        where.read.files[resolved] = values, _lines(node, f"{before}{path}")
+        where.read.files[resolved] = values, lines_of(node, f"{before}{path}")
     values, lines = where.read.files[resolved]
     places = {(): f"{before}{path}: "} | lines
     # The mapping itself is changed by nobody, but what it is merged into is.
@@ -471,7 +471,7 @@ def _brief(text: object) -> str:
     return whole if len(whole) <= 60 else f"{whole[:57]}..."
 
 
-def _lines(node: yaml.Node, file: str) -> dict[tuple[str | int, ...], str]:
+def lines_of(node: yaml.Node, file: str) -> dict[tuple[str | int, ...], str]:
     """The place of each key and list item in a YAML document, by the keys that lead to it.
 
     Raises ConfigError where a key stands twice.

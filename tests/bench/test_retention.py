@@ -97,9 +97,13 @@ def test_all_stands_for_every_strategy_that_takes_a_ratio():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"questions": 0}, "questions: Input should be greater"),
-        ({"tasks": ["smell"]}, r"tasks\.0: Input should be"),
-        ({"sweep": []}, "sweep: Extra inputs"),
+        ({"questions": 0}, r"line \d+: questions: 0 is wrong: it should be greater"),
+        ({"tasks": ["smell"]}, r"line \d+: tasks\.0: 'smell' is wrong: it should be"),
+        ({"sweep": []}, r"line \d+: unknown key sweep: did you mean \"sweeps\""),
+        (
+            {"sweeps": [{"name": "a", "strategi": "ttf"}]},
+            r"line \d+: sweeps\.0\.strategy is missing",
+        ),
         ({"sweeps": [{"name": "a", "strategy": "tft"}]}, "ttf"),
         ({"sweeps": [{"name": "a", "strategy": "ttf", "grid": {"window": [2]}}]}, "odd"),
         ({"focus": ["ratios"]}, "ratios is no sweep with one setting"),

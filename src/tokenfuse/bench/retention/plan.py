@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenfuse.bench.candidates import ALL, comparable
-from tokenfuse.config import KEY, Configuration, get_configuration, load_yaml, shown
-from tokenfuse.errors import ConfigError
+from tokenfuse.config import KEY, Configuration, get_configuration, lines_of, load_yaml, shown
+from tokenfuse.errors import ConfigError, did_you_mean
 from tokenfuse.micro.motion import MOTIONS, Motion
 from tokenfuse.micro.questions import PLAIN, SUBTLE, StratumTask
 from tokenfuse.micro.strata import LEAST, LEAST_FOR, Stratum, refusal
@@ -95,15 +95,26 @@ class Setting:
 
 def read_plan(path: Path) -> Plan:
     """A plan from YAML. Raises ConfigError that names the key and what was expected."""
-    _, values = load_yaml(path)
+    node, values = load_yaml(path)
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path} holds no mapping; expected keys such as questions and sweeps")
     try:
         return Plan.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        at = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{path}: {at}: {first['msg']}; got {shown(first['input'])}") from error
+        keys = first["loc"]
+        places = {} if node is None else lines_of(node, str(path))
+        # What is missing, or of no single type, stands where its mapping does.
+        known = (places[keys[:end]] for end in range(len(keys), -1, -1) if keys[:end] in places)
+        place, at = next(known, f"{path}: "), ".".join(map(str, keys))
+        if first["type"] == "extra_forbidden":
+            fields = (Sweep if keys[0] == "sweeps" and len(keys) > 1 else Plan).model_fields
+            hint = did_you_mean(str(keys[-1]), fields)
+            raise ConfigError(f"{place}unknown key {at}: {hint}") from None
+        if first["type"] == "missing":
+            raise ConfigError(f"{place}{at} is missing; expected it") from None
+        message = first["msg"].replace("Input should", "it should")
+        raise ConfigError(f"{place}{at}: {shown(first['input'])} is wrong: {message}") from None
 
 
 def settings(plan: Plan, registry: Registry) -> list[Setting]:
