@@ -34,6 +34,23 @@ def test_frames_in_memory_are_a_video_like_that_of_a_file():
     assert made.duration == pytest.approx(read.duration)
 
 
+def test_the_processors_own_template_gives_the_same_with_the_options_of_a_video(loaded):
+    _, processor = loaded
+    video, question = read_video(SAMPLE, frames=10), "What color is the moving object?"
+    shown = {"type": "video", "video": video.frames}
+    messages = [{"role": "user", "content": [shown, {"type": "text", "text": question}]}]
+    made = processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=video.processor_options(),
+    )
+    for name, value in video_inputs(processor, video, question).items():
+        assert torch.equal(made[name], value), name
+
+
 def test_each_row_of_a_batch_is_padded_on_the_left_and_answered_as_alone(loaded, monkeypatch):
     model, processor = loaded
     monkeypatch.setattr(processor.tokenizer, "padding_side", "right")

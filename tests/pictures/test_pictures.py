@@ -266,3 +266,17 @@ def test_the_commands(tmp_path, monkeypatch):
         done = cli.invoke(app, words)
         assert done.exit_code == 2
         assert "has no ending of a picture" in done.output
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_a_video_that_is_shown_as_images_is_one_map(name):
+    family = FAMILIES[name]
+    model = family.build("sdpa")
+    inputs = family.prompt(
+        [[("image", seed) for seed in (1, 2, 4)] if name == "llava" else [("image", 3)]]
+    )
+    (found,) = trace(
+        model, None, inputs, "uniform", keep_ratio=0.5, frames=[frames(6)], frames_as_images=True
+    )
+    assert sum(found.counts[-1]) == -(-len(found.target) // 2)
+    assert len(found.frames) == found.grid[0] == (3 if name == "llava" else 1)

@@ -84,6 +84,18 @@ class Video:
         """
         return list(accumulate((round(time * self.fps) for time in self.timestamps), max))
 
+    def processor_options(self) -> dict[str, Any]:
+        """``processor_kwargs`` of a processor's ``apply_chat_template`` that is shown ``frames``.
+
+        They say when each frame is shown, and that none is to be left out.
+        """
+        metadata = {
+            "fps": self.fps,
+            "frames_indices": self.processor_indices(),
+            "total_num_frames": self.total_frames,
+        }
+        return {"do_sample_frames": False, "video_metadata": [metadata]}
+
 
 def read_video(
     path: str | Path,
