@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import transformers
 from typer.testing import CliRunner
 
 from families import FAMILIES
@@ -40,13 +41,26 @@ def test_it_says_what_attach_says(name, tmp_path):
             assert str(error.value) == found.refused[strategy]
 
 
-def test_what_cannot_be_read_is_refused(tmp_path, monkeypatch):
+def test_what_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match="cannot be loaded as an image-text-to-text"):
         check_model(tmp_path)
+
+
+@pytest.mark.parametrize("ask", [check_model, load])
+def test_a_hub_out_of_reach_is_said(ask, monkeypatch):
+    """What transformers raises then, without trying the network again and again."""
+
+    def fails(source, **options):
+        raise OSError("We couldn't connect to 'https://hub' to load the files")
+
+    for auto in (transformers.AutoConfig, transformers.AutoProcessor):
+        monkeypatch.setattr(auto, "from_pretrained", fails)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with pytest.raises(UnsupportedModelError, match="not in the cache, and the hub cannot be"):
+        ask("somebody/nothing")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for ask in (check_model, load):
-        with pytest.raises(UnsupportedModelError, match="not in the cache, and HF_HUB_OFFLINE is"):
-            ask("somebody/nothing")
+    with pytest.raises(UnsupportedModelError, match="not in the cache, and HF_HUB_OFFLINE is"):
+        ask("somebody/nothing")
 
 
 def test_the_command():
