@@ -98,6 +98,14 @@ def test_at_most_sixteen_frames_are_shown(count):
         tokens.chosen(0)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 400), (400, 2), (3, 90)])
+def test_frames_of_any_shape_can_be_drawn(shape):
+    plan = FusionPlan.identity(2 * 40 * 40)
+    tokens = TokenMap.from_plan(np.zeros((2, *shape, 3), np.uint8), plan, (2, 40, 40))
+    assert len(tokens.animation()) == 2
+    assert tokens.sheet().width > 120
+
+
 def test_a_page_says_where_each_token_went():
     tokens = TokenMap.from_plan(frames(), PLAN, title="a <plan>")
     page = tokens.page()
@@ -111,7 +119,9 @@ def test_a_page_says_where_each_token_went():
     assert "<plan>" not in page
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert page.count(' class="gone"') == 6
-    assert tokens._repr_html_() in page or "tf" in tokens._repr_html_()
+    shown = tokens._repr_html_()
+    assert shown.startswith('<div class="tf"')
+    assert shown.count("<rect") == 12
 
 
 def test_files_of_every_kind(tmp_path):
@@ -124,6 +134,9 @@ def test_files_of_every_kind(tmp_path):
         assert sum(1 for _ in film.decode(video=0)) == 4  # the last is shown for its time
     with pytest.raises(ConfigError, match=r"kept\.jpg has no ending of a picture; expected one of"):
         tokens.save(tmp_path / "kept.jpg")
+    assert tokens.save(tmp_path / "KEPT.PNG").is_file()
+    with pytest.raises(ConfigError, match="is no folder; expected one that is there"):
+        tokens.save(tmp_path / "nowhere/kept.png")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(ConfigError, match="is a folder"):
         tokens.save(tmp_path / "folder.png")

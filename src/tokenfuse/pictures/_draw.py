@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 WIDTH = 232
 """Pixels of a frame in a picture, about."""
 COLUMNS = 4
+LEAST = 3
+"""Pixels of a token at least."""
 MARGIN, LINE, GAP = 16, 18, 12
 PAPER, INK, FAINT, KEPT, ANCHOR = "#ffffff", "#1c1c1c", "#6b6b6b", "#d9480f", "#1864ab"
 DIM = 0.68
@@ -113,7 +115,7 @@ def _panel(tokens: TokenMap, number: int, frame: int) -> Image.Image:
     """One frame, with a line of words above it."""
     _, rows, columns = tokens.grid
     kept = tokens.steps[number].kept.reshape(tokens.grid)[frame]
-    picture = _scaled(Image.fromarray(tokens.frames[frame]))
+    picture = _scaled(Image.fromarray(tokens.frames[frame]), rows, columns)
     wide, high = picture.size
     # Where cells end, to the pixel: a grid need not divide a picture.
     down = np.arange(high) * rows // high
@@ -144,14 +146,18 @@ def _panel(tokens: TokenMap, number: int, frame: int) -> Image.Image:
     return out
 
 
-def _scaled(picture: Image.Image) -> Image.Image:
-    """A frame of about WIDTH pixels: small ones by whole steps, so that they stay sharp."""
+def _scaled(picture: Image.Image, rows: int, columns: int) -> Image.Image:
+    """A frame of about WIDTH pixels: small ones by whole steps, so that they stay sharp.
+
+    Never so small that an outline of a token does not fit.
+    """
     if picture.width <= WIDTH // 2:
         times = max(1, WIDTH // picture.width)
-        size = (picture.width * times, picture.height * times)
+        size = (max(picture.width * times, LEAST * columns), picture.height * times)
+        size = (size[0], max(size[1], LEAST * rows))
         return picture.resize(size, Image.Resampling.NEAREST)
-    height = max(1, round(picture.height * WIDTH / picture.width))
-    return picture.resize((WIDTH, height), Image.Resampling.LANCZOS)
+    height = max(LEAST * rows, round(picture.height * WIDTH / picture.width))
+    return picture.resize((max(WIDTH, LEAST * columns), height), Image.Resampling.LANCZOS)
 
 
 def _durations(tokens: TokenMap, most: int | None) -> list[float]:

@@ -113,7 +113,7 @@ class TokenMap:
 
         return sheet(self, most)
 
-    def animation(self, most: int | None = None) -> list[Image]:
+    def animation(self, most: int | None = MOST) -> list[Image]:
         """One picture for each frame, after the last step."""
         from tokenfuse.pictures._draw import animation
 
@@ -131,15 +131,16 @@ class TokenMap:
         Raises ConfigError for another ending.
         """
         target = check_path(path)
-        if target.suffix == ".html":
+        ending = target.suffix.lower()
+        if ending == ".html":
             target.write_text(self.page(most), "utf-8")
-        elif target.suffix == ".png":
+        elif ending == ".png":
             self.sheet(most).save(target)
         else:
             from tokenfuse.pictures._draw import write_film, write_gif
 
-            write = write_gif if target.suffix == ".gif" else write_film
-            write(self, target, None if most == MOST else most)
+            write = write_gif if ending == ".gif" else write_film
+            write(self, target, most)
         return target
 
     def _repr_html_(self) -> str:
@@ -151,13 +152,15 @@ class TokenMap:
 def check_path(path: str | Path) -> Path:
     """The path of a picture. Raises ConfigError for an ending that none has, and for a folder."""
     found = Path(path)
-    if found.suffix not in ENDINGS:
+    if found.suffix.lower() not in ENDINGS:
         raise ConfigError(
             f"{path} has no ending of a picture; expected one of {', '.join(ENDINGS)}, such as "
             "kept.png"
         )
     if found.is_dir():
         raise ConfigError(f"{path} is a folder; expected a file")
+    if not found.parent.is_dir():
+        raise ConfigError(f"{found.parent} is no folder; expected one that is there: make it first")
     return found
 
 

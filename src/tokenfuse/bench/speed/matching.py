@@ -138,7 +138,7 @@ def matching(
         for count, side, width, dtype in product(frames, sides, widths, dtypes)
     ]
     for shape in shapes:
-        check_memory(int(ALLOWANCE * shape.bytes), where)
+        check_memory(int(ALLOWANCE * shape.bytes), where, "fewer --frames or a smaller --grid")
     rows: list[MatchingRow] = []
     for number, shape in enumerate(shapes, 1):
         jobs = list(_jobs(found, kernels, shape))

@@ -174,12 +174,15 @@ def needed_bytes(
     return int(ALLOWANCE * element * (run if loaded else weights + run))
 
 
-def check_memory(needed: int, device: torch.device) -> None:
+FEWER = "fewer --layers, --frames or --batch, a smaller --grid, or --dtype bfloat16"
+
+
+def check_memory(needed: int, device: torch.device, expected: str = FEWER) -> None:
     """Raise TooLargeError where a run would not fit in the memory that is free."""
     cuda = device.type == "cuda"
     free: int | None = torch.cuda.mem_get_info(device)[0] if cuda else free_bytes()
     if free is not None and needed > free:
         raise TooLargeError(
             f"the run takes about {readable(needed)}, and {readable(free)} are free on {device}; "
-            "expected fewer --layers, --frames or --batch, a smaller --grid, or --dtype bfloat16"
+            f"expected {expected}"
         )
