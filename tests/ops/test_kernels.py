@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from shutil import which
 
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,6 +55,22 @@ def test_a_kernel_is_named_or_refused():
     assert all(torch.equal(plan.target, plans[0].target) for plan in plans)
     with pytest.raises(ConfigError, match="none of auto, tiles, shifts, compiled, triton"):
         using_kernel("fast").__enter__()
+
+
+@pytest.mark.skipif(which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("chained", [False, True])
+def test_the_compiled_kernel_is_made_once_and_finds_what_tiles_find(chained):
+    for shape in ((3, 4, 5, 24), (5, 7, 6, 64), (2, 9, 3, 17)):
+        frames = features(shape, 0)
+        index = torch.arange(shape[0])
+        reference = (index - 1).clamp_min(0) if chained else index[:1]
+        tiles = window_match(frames, reference, 3)
+        again = shape[0] != 3
+        with using_kernel("compiled"), torch._dynamo.config.patch(error_on_recompile=again):
+            found = window_match(frames, reference, 3)
+        assert torch.equal(found[1], tiles[1])
+        for one, two in zip(tiles[::2], found[::2], strict=True):
+            torch.testing.assert_close(one, two, atol=1.5 * STEP, rtol=0)
 
 
 INTERPRETED = """

@@ -30,7 +30,7 @@ def using_kernel(name: Kernel | str) -> Iterator[None]:
 
     ``"tiles"``: products of tiles of the grid, on every device. ``"shifts"``: one shift of the
     window after the other, clear and slow, what others are held against. ``"compiled"``: the same
-    by ``torch.compile``, which takes a while for each new shape. ``"triton"``: one kernel for GPUs.
+    by ``torch.compile``, which takes half a minute once. ``"triton"``: one kernel for GPUs.
     ``"auto"``: tiles. All give the same, but for cosines in the middle between two steps.
 
     Raises ConfigError for an unknown name, and where Triton is not installed.
