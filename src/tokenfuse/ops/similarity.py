@@ -80,6 +80,17 @@ def in_parts(x: Float[Tensor, "n *m"]) -> Iterator[Tensor]:
     return iter(x.split(max(1, held // max(1, prod(x.shape[1:])))))
 
 
+def frame_means(frames: Float[Tensor, "T n D"]) -> Float[Tensor, "T D"]:
+    """The mean vector of each frame, fp32. The frames are not copied as a whole."""
+    if not on_host(frames):
+        return frames.mean(1, dtype=torch.float32)
+    sums = [
+        torch.stack([part.to(torch.float32).sum(0) for part in in_parts(frame)]).sum(0)
+        for frame in frames
+    ]
+    return torch.stack(sums).div_(frames.shape[1])
+
+
 def rowwise(
     x: Float[Tensor, "n *m D"], y: Float[Tensor, "n *m D"], blank: float = NO_MATCH
 ) -> Float[Tensor, "n *m"]:

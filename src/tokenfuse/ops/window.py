@@ -74,18 +74,18 @@ def window_match(
     count, height, width, _ = frames.shape
     reach = window // 2
     # Few large products suit a GPU; on a CPU a small tile stays in cache and wastes less.
-    tile = 4 if on_host(frames) else 16
+    high, wide = (2, 8) if on_host(frames) else (16, 16)
     # So many frames at a time that what is copied of a tile and its surroundings is bounded.
-    step = max(1, CHUNK // ((tile + 2 * reach) ** 2 * frames.shape[-1]))
+    step = max(1, CHUNK // ((high + 2 * reach) * (wide + 2 * reach) * frames.shape[-1]))
     similarity = frames.new_empty((count, height, width), dtype=torch.float32)
     own = torch.empty_like(similarity)
     index = torch.empty((count, height, width), dtype=torch.long, device=frames.device)
     for start, top, left in product(
-        range(0, count, step), range(0, height, tile), range(0, width, tile)
+        range(0, count, step), range(0, height, high), range(0, width, wide)
     ):
         part = slice(start, start + step)
-        rows = slice(top, min(top + tile, height))
-        cols = slice(left, min(left + tile, width))
+        rows = slice(top, min(top + high, height))
+        cols = slice(left, min(left + wide, width))
         near_rows = slice(max(0, top - reach), min(height, rows.stop + reach))
         near_cols = slice(max(0, left - reach), min(width, cols.stop + reach))
         # Widening a slice copies it, after which flattening is free.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenfuse.ops.cluster import density_peaks
 from tokenfuse.ops.select import top_per_row, true_indices
-from tokenfuse.ops.similarity import nearest, turned
+from tokenfuse.ops.similarity import frame_means, nearest, turned
 from tokenfuse.plan import DROPPED, FusionPlan
 from tokenfuse.strategies._base import Attending, Need, Query
 from tokenfuse.strategies._fields import KeepRatio
@@ -82,7 +82,7 @@ class FastVID(Attending):
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
         frames = tokens.frames.flatten(1, 2)
         t, places = frames.shape[:2]
-        means = frames.mean(1, dtype=torch.float32)
+        means = frame_means(frames)
         # The one host synchronisation.
         similar = [1 - step**2 / 2 for step in turned(means[:-1], means[1:]).tolist()]
         share = self._share(similar, count, places)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from tokenfuse.ops.similarity import to_steps, unit
+from tokenfuse.ops.similarity import frame_means, to_steps, unit
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.strategies._fields import Neighbours
@@ -76,7 +76,7 @@ class PruneVid(Budgeted):
     def _windows(self, tokens: VisualTokens) -> tuple[Float[Tensor, "T P D"], Windows]:
         frames = tokens.frames.flatten(1, 2)
         t = frames.shape[0]
-        means = frames.mean(1, dtype=torch.float32)[None]
+        means = frame_means(frames)[None]
         several = max(1, int(self.scenes * t + 1e-9))
         valid = means.new_ones(1, t, dtype=torch.bool)
         _, label = cluster_rows(means, valid, [several], self.neighbours)

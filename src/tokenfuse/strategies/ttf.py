@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenfuse.errors import ConfigError
 from tokenfuse.ops.select import true_indices
-from tokenfuse.ops.similarity import cosine, on_host, turned, unit
+from tokenfuse.ops.similarity import cosine, frame_means, on_host, turned, unit
 from tokenfuse.ops.window import moved_alike, window_match
 from tokenfuse.plan import DROPPED, FusionPlan, Reduce
 from tokenfuse.strategies._base import Budgeted
@@ -267,12 +267,11 @@ class _Matches:
     def _means(self) -> Tensor:
         """The mean vector of each frame, ``(T, D)`` fp32, computed once."""
         if self._mean is None:
-            rows = self.frames.flatten(1, 2)
-            if self.there is None:
-                self._mean = rows.mean(1, dtype=torch.float32)
-            else:
+            self._mean = frame_means(self.frames.flatten(1, 2))
+            if self.there is not None:
+                # What is not there is zero.
                 count = self.there.view(-1, self.places).sum(-1, keepdim=True)
-                self._mean = rows.sum(1, dtype=torch.float32) / count.clamp_min(1)
+                self._mean = self._mean * (self.places / count.clamp_min(1))
         return self._mean
 
     def _distance(self, group: Tensor) -> Tensor:

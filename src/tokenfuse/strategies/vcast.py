@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokenfuse.ops.apportion import apportion
 from tokenfuse.ops.select import top_per_row, true_indices
-from tokenfuse.ops.similarity import STEP, in_parts, rowwise, to_steps
+from tokenfuse.ops.similarity import STEP, frame_means, in_parts, rowwise, to_steps
 from tokenfuse.plan import FusionPlan
 from tokenfuse.strategies._base import Budgeted, Need
 from tokenfuse.strategies._fields import KeepRatio
@@ -57,7 +57,7 @@ class VCast(Budgeted):
 
     def choose(self, tokens: VisualTokens, count: int) -> FusionPlan:
         frames = tokens.frames.flatten(1, 2)
-        means = frames.mean(1, dtype=torch.float32)
+        means = frame_means(frames)
         weights = torch.softmax(_curvature(means) / self.temperature, dim=0)
         counts = apportion(weights, count, frames.shape[1], least=1)
 
