@@ -885,7 +885,7 @@ def test_a_plan_reads_and_writes_a_multiple_of_the_tokens_however_many_they_are(
     assert traffic.elements <= 20 * x.numel()
     # Neighbourhoods of tiles overlap.
     multiply_adds = flops.get_total_flops() / 2
-    assert multiply_adds <= 4 * config.matching_flops((16, 16, 16), 1024)
+    assert multiply_adds <= 4.5 * config.matching_flops((16, 16, 16), 1024)
 
 
 @st.composite
