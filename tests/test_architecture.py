@@ -15,7 +15,7 @@ import tokenfuse
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("bench", "integrations"),
+    ("app", "bench", "integrations"),
     ("micro",),
     ("inference", "testing"),
     ("sessions",),

@@ -40,10 +40,6 @@ for _stream in (sys.stdout, sys.stderr):
         # What a terminal cannot show must not end a run whose answers are there.
         _stream.reconfigure(errors="replace")
 
-MICRO_NOTE = (
-    "the micro model knows only its own synthetic clips: what it answers to another video means "
-    "nothing. Name a model with --model"
-)
 ENDINGS = (".json", ".md", ".png")
 """Of the files that ``tokenfuse compare --micro --out`` writes."""
 
@@ -595,6 +591,41 @@ def _number(option: str, text: str) -> float:
         raise ConfigError(f"{option} {text} is no number; expected such as 0.6,0.7") from None
 
 
+@app.command("app")
+def serve_page(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id; the micro Qwen3-VL if left out.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port; the first free one from 7860 on.")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Frames to sample of a clip.")] = 16,
+    most_mb: Annotated[int, typer.Option(min=1, help="Largest file that may be uploaded.")] = 100,
+    seconds: Annotated[float, typer.Option(min=1, help="Longest clip.")] = 600,
+) -> None:
+    """Open a page in the browser that compares two strategies on a clip."""
+    with _errors():
+        from tokenfuse.app import page as app_page
+        from tokenfuse.app.upload import Limits
+
+        app_page.gradio()
+        _quiet()
+        from tokenfuse.inference.load import load
+        from tokenfuse.micro import NOTE, is_micro
+
+        source = _source(model)
+        with _progress() as say:
+            say("loading the model")
+            loaded, processor = load(source)
+        limits = Limits(frames=frames, file_mb=most_mb, length=seconds)
+        note = NOTE if is_micro(source) else ""
+        page = app_page.build(loaded, processor, about=note, limits=limits)
+    app_page.launch(page, limits, host=host, port=port)
+
+
 @app.command()
 def strategies(as_json: Json = False) -> None:
     """List the registered strategies."""
@@ -742,13 +773,12 @@ def _source(model: str | None) -> str | Path:
 
 def _with_note(result: Result, video: str | None) -> Result:
     """The result, with a note where the micro model saw a video of the caller's own."""
-    from tokenfuse.micro import INSTRUMENTS
+    from tokenfuse.micro import NOTE, is_micro
 
-    micro = {folder.resolve() for folder in INSTRUMENTS.values()}
-    if video is None or Path(result.model).resolve() not in micro:
+    if video is None or not is_micro(result.model):
         return result
-    _err.print(f"[yellow]note[/]: {MICRO_NOTE}", soft_wrap=True)
-    return result.model_copy(update={"note": MICRO_NOTE})
+    _err.print(f"[yellow]note[/]: {NOTE}", soft_wrap=True)
+    return result.model_copy(update={"note": NOTE})
 
 
 def _files(prefix: Path, endings: Sequence[str] = ENDINGS) -> dict[str, Path]:

@@ -54,7 +54,7 @@ class Video:
     """Frames sampled from a video file, and when each of them is shown.
 
     ``frames``: ``(F, H, W, 3)`` uint8, RGB, turned (not mirrored) as the file asks to be shown, and
-    scaled down where all of them together have more than MAX_PIXELS.
+    scaled down where all of them together have more than ``max_pixels``.
     ``indices``: ``F`` positions among the decoded frames of the file, strictly increasing.
     ``fps``: mean frames per second of the file, from its first frame to its last.
     ``total_frames``: frames in the file.
@@ -103,6 +103,7 @@ def read_video(
     frames: int | None = None,
     fps: float | None = None,
     max_frames: int | None = None,
+    max_pixels: int | None = None,
 ) -> Video:
     """Decode a local video file (mp4, webm, avi, mov, ...; an image is one frame) and sample it.
 
@@ -114,6 +115,7 @@ def read_video(
     ``fps``: the frame nearest each 1/fps second, none twice, thinned evenly to ``max_frames``.
     ``max_frames``: the most frames that ``fps`` (by default MOST_FRAMES), or a call with neither
     (by default DEFAULT_FRAMES), returns.
+    ``max_pixels``: of all frames together, by default MAX_PIXELS; larger ones are scaled down.
 
     Raises VideoError where the request contradicts itself, or the file is missing, is not a video,
     has frames of more than MAX_FRAME_PIXELS, or is damaged: a frame that does not decode, or a file
@@ -124,29 +126,36 @@ def read_video(
         # A Path would make one slash of the two.
         raise VideoError(f"{path} is a URL; expected a local video file: download it first")
     path = Path(path)
-    _check(path, frames, fps, max_frames)
+    _check(path, frames, fps, max_frames, max_pixels)
     if max_frames is None:
         max_frames = DEFAULT_FRAMES if fps is None else MOST_FRAMES
     times = _packet_times(path)
     chosen = _choose(times, frames, fps, max_frames)
-    images, decoded, rate, last = _decode(path, chosen)
+    pixels = MAX_PIXELS if max_pixels is None else max_pixels
+    images, decoded, rate, last = _decode(path, chosen, pixels)
     if decoded != times:
         # Packets mislead where they show nothing or are edited out; decoded frames do not.
         del images
         times = decoded
         chosen = _choose(times, frames, fps, max_frames)
-        images, _, rate, last = _decode(path, chosen)
+        images, _, rate, last = _decode(path, chosen, pixels)
     mean_fps = (len(times) - 1) / times[-1] if times[-1] > 0 else rate
     shown = [times[index] for index in chosen]
     return Video(images, chosen, mean_fps, len(times), shown, times[-1] + (last or 1 / mean_fps))
 
 
-def _check(path: Path, frames: int | None, fps: float | None, max_frames: int | None) -> None:
+def _check(
+    path: Path,
+    frames: int | None,
+    fps: float | None,
+    max_frames: int | None,
+    max_pixels: int | None,
+) -> None:
     if frames is not None and fps is not None:
         raise VideoError(
             f"frames={frames} and fps={fps} are both given; expected one: leave the other out"
         )
-    for name, count in (("frames", frames), ("max_frames", max_frames)):
+    for name, count in (("frames", frames), ("max_frames", max_frames), ("max_pixels", max_pixels)):
         if count is not None and count < 1:
             raise VideoError(f"{name}={count}; expected 1 or more: leave it out for the default")
     if fps is not None and not (isfinite(fps) and fps > 0):
@@ -195,7 +204,7 @@ def _spread(times: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.intp]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its best true video stream; closed on every way out."""
     # The file: prefix keeps a colon in a name from being read as a protocol; the options keep
     # FFmpeg from reading any other file, and from asking for memory that a canvas of any size says.
@@ -252,7 +261,7 @@ def _said(error: BaseException) -> str:
 def _packet_times(path: Path) -> list[float]:
     """When each frame is shown, in seconds, as far as the packets tell."""
     ticks: list[int | None] = []
-    with _opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         try:
             for packet in container.demux(stream):
                 if packet.size and not packet.is_discard:
@@ -263,7 +272,7 @@ def _packet_times(path: Path) -> list[float]:
 
 
 def _decode(
-    path: Path, chosen: list[int]
+    path: Path, chosen: list[int], max_pixels: int
 ) -> tuple[npt.NDArray[np.uint8], list[float], float, float]:
     """Decode the whole file, keep the frames at the ascending positions ``chosen``.
 
@@ -275,7 +284,7 @@ def _decode(
     ticks: list[int | None] = []
     last: int = 0
     damage = None
-    with _opened(path) as (container, stream):
+    with open_video(path) as (container, stream):
         try:
             for frame in _frames(container, stream):
                 if frame.is_corrupt:
@@ -283,7 +292,7 @@ def _decode(
                     break
                 slot = slots.get(len(ticks))
                 if slot == 0:
-                    shape = _scaled(frame, len(chosen))
+                    shape = _scaled(frame, max_pixels // len(chosen))
                     kept = np.empty((len(chosen), *shape, 3), np.uint8)
                 if slot is not None:
                     kept[slot] = _rgb(frame, kept.shape[1:3])
@@ -324,12 +333,12 @@ def _frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFra
         raise
 
 
-def _scaled(frame: VideoFrame, count: int) -> tuple[int, int]:
-    """Height and width of each of ``count`` frames like this one, turned as it is displayed."""
+def _scaled(frame: VideoFrame, most: int) -> tuple[int, int]:
+    """Height and width for frames like this one of ``most`` pixels, turned as it is displayed."""
     height, width = frame.height, frame.width
     if round(frame.rotation / 90) % 2:
         height, width = width, height
-    share = min(1.0, (MAX_PIXELS / (count * height * width)) ** 0.5)
+    share = min(1.0, (most / (height * width)) ** 0.5)
     return max(1, int(height * share)), max(1, int(width * share))
 
 

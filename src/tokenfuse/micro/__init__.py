@@ -22,3 +22,14 @@ INSTRUMENTS = {"plain": CHECKPOINT, "robust": Path(__file__).parent / "robust"}
 ``plain`` has never seen a prompt with missing tokens, ``robust`` has. They see alike: the vision
 tower is the same.
 """
+
+NOTE = (
+    "the micro model knows only its own synthetic clips: what it answers to another video means "
+    "nothing. Name a model with --model"
+)
+"""What to tell who shows a micro model another clip."""
+
+
+def is_micro(source: str | Path) -> bool:
+    """Whether a model's folder or hub id is that of a micro model."""
+    return Path(source).resolve() in {folder.resolve() for folder in INSTRUMENTS.values()}
