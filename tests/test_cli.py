@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 import tokenfuse
 from tokenfuse.bench import micro, tables
 from tokenfuse.bench.micro import Benchmark, Score, TaskScore
-from tokenfuse.cli import MICRO_NOTE, app
+from tokenfuse.cli import app
 from tokenfuse.inference import run as inference_run
-from tokenfuse.micro import CHECKPOINT, SAMPLE
+from tokenfuse.micro import CHECKPOINT, NOTE, SAMPLE
 from tokenfuse.micro.tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,8 +58,8 @@ def test_the_micro_model_says_that_it_does_not_know_the_callers_video():
     for command in (["run", str(SAMPLE)], ["compare", str(SAMPLE), "--strategies", "uniform"]):
         for model in ([], ["--model", str(CHECKPOINT)]):
             result = cli.invoke(app, [*command, *model, *options])
-            assert json.loads(result.stdout)["note"] == MICRO_NOTE
-            assert f"note: {MICRO_NOTE}\n" in result.stderr
+            assert json.loads(result.stdout)["note"] == NOTE
+            assert f"note: {NOTE}\n" in result.stderr
 
 
 def test_its_own_clip_needs_no_note():

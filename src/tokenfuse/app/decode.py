@@ -19,8 +19,10 @@ def main(order: dict[str, Any]) -> None:
     """Decode within the limits of the order; say in one line of JSON what came of it."""
     _limit(order)
     try:
-        _check(order)
+        lasts = _check(order)
         video = read_video(order["path"], frames=order["frames"], max_pixels=order["pixels"])
+        # A header may know nothing of it.
+        _refuse_long(max(lasts, video.duration), order)
     except VideoError as error:
         print(json.dumps({"error": str(error)}))
         return
@@ -33,8 +35,8 @@ def main(order: dict[str, Any]) -> None:
     print(json.dumps(about))
 
 
-def _check(order: dict[str, Any]) -> None:
-    """Refuse by its header what would be refused after minutes of work."""
+def _check(order: dict[str, Any]) -> float:
+    """Refuse by its header what would be refused after minutes of work; how long it lasts."""
     with open_video(Path(order["path"])) as (container, stream):
         wide, high = stream.codec_context.width, stream.codec_context.height
         lasts = (container.duration or 0) / 1_000_000
@@ -43,6 +45,11 @@ def _check(order: dict[str, Any]) -> None:
             f"the clip has {wide} x {high} pixels; expected no side longer than {order['side']}: "
             "scale it down"
         )
+    _refuse_long(lasts, order)
+    return float(lasts)
+
+
+def _refuse_long(lasts: float, order: dict[str, Any]) -> None:
     if lasts > order["length"]:
         raise VideoError(
             f"the clip lasts {lasts:.0f} s; expected no more than {order['length']:g}: cut it"

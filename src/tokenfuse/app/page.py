@@ -65,11 +65,12 @@ def build(model: Any, processor: Any, *, about: str, limits: Limits) -> Any:
         video, question, right = clips[name]
         return None, _strip(video), question, f"The right answer is *{right}*."
 
-    def take(path: str | None) -> tuple[Video | None, None, str, str]:
-        if path is None:
-            raise gr.Error("no file came; expected one clip: upload it again")
-        with _told(gr):
-            video = read_upload(path, limits)
+    def take(path: str | None) -> tuple[Any, None, Any, Any]:
+        try:
+            video = read_upload(path or "no file", limits)
+        except TokenFuseError as error:
+            # An error raised would leave the file in the box, where no other could be put.
+            return gr.skip(), None, gr.skip(), f"**Not taken:** {escape(str(error))}"
         count, whole = len(video.frames), video.total_frames
         said = f"Your clip: {count} of {whole} frames, {video.duration:.1f} s."
         return video, None, _strip(video), said
@@ -106,7 +107,11 @@ def build(model: Any, processor: Any, *, about: str, limits: Limits) -> Any:
             with gr.Column():
                 example = gr.Dropdown(list(clips), value=chosen, label="Clip", elem_id="example")
                 upload = gr.File(
-                    label="or one of yours", type="filepath", height=140, elem_id="upload"
+                    label="or one of yours",
+                    type="filepath",
+                    height=140,
+                    interactive=True,
+                    elem_id="upload",
                 )
                 gr.Markdown(
                     f"Up to {limits.file_mb} MB, {limits.length / 60:g} minutes and "
@@ -225,6 +230,7 @@ def _box(gr: Any, side: str, strategy: str, field: Field) -> Any:
         "key": name,
         "elem_id": f"{side}-{field.name}",
         "min_width": 240,
+        "interactive": True,
     }
     if field.kind == "choice":
         return gr.Dropdown(list(field.choices), value=field.default, **common)
@@ -243,7 +249,8 @@ def _table(answered: Sequence[Answered]) -> str:
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows(answered)
     )
-    return f'<table style="width:100%"><tr>{head}</tr>{body}</table>'
+    style = "width:100%;overflow-wrap:anywhere"
+    return f'<table style="{style}"><tr>{head}</tr>{body}</table>'
 
 
 def _framed(one: Answered) -> str:
