@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -314,6 +315,7 @@ def retention(
         typer.Option(help="plain, robust or none (only write the page); both if left out."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the CPU.")] = None,
+    as_json: Json = False,
 ) -> None:
     """What compression costs in answers, by task and by motion.
 
@@ -321,6 +323,7 @@ def retention(
     """
     with _errors():
         from tokenfuse.bench.retention.plan import Plan, read_plan
+        from tokenfuse.bench.retention.run import costs
         from tokenfuse.bench.retention.run import retention as run_retention
         from tokenfuse.micro import INSTRUMENTS
 
@@ -335,15 +338,21 @@ def retention(
         _set_threads(threads)
         options = f" --config {config}" if config else ""
         options += f" --threads {threads}" if threads else ""
+        plan = read_plan(config) if config else Plan.model_validate({})
         page = run_retention(
-            read_plan(config) if config else Plan.model_validate({}),
+            plan,
             INSTRUMENTS,
             out,
             ask_only=names,
             command=f"tokenfuse bench retention{options} --out {out}",
             err=_err,
         )
-    _out.print(str(page), soft_wrap=True)
+        if as_json:
+            text = json.dumps(costs(plan, INSTRUMENTS, out), indent=2)
+    if as_json:
+        print(text)
+    else:
+        _out.print(str(page), soft_wrap=True)
 
 
 @bench.command()
@@ -706,11 +715,24 @@ def env(as_json: Json = False) -> None:
         plugins = {f"{dist.name} {dist.version}" for dist in dists if dist}
         found = versions() | {name: version(name) for name in ("torchvision", "timm", "av")}
         found |= {"platform": platform.platform(), "device": device}
+        found["attention"] = ", ".join(_attention_kernels())
         found["plugins"] = ", ".join(sorted(plugins)) or "none"
     if as_json:
         print(json.dumps(found, indent=2))
     else:
         _print_rows([{"name": name, "value": value} for name, value in found.items()])
+
+
+def _attention_kernels() -> list[str]:
+    """What ``attn_implementation`` of transformers may name here, and Triton if it is there."""
+    found = ["eager", "sdpa", "flex_attention"]
+    packages = {
+        "flash_attn": "flash_attention_2",
+        "flash_attn_interface": "flash_attention_3",
+        "kernels": "kernels of the hub",
+        "triton": "Triton",
+    }
+    return found + [words for name, words in packages.items() if find_spec(name)]
 
 
 @app.command()

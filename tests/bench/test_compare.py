@@ -392,7 +392,7 @@ def test_out_writes_scores_a_page_and_a_picture(tmp_path):
 
 def test_many_curves_are_drawn_with_a_label_each(tmp_path):
     pytest.importorskip("matplotlib")
-    names = [f"strategy_{i}" for i in range(22)] + list(CONTROLS)
+    names = [f"strategy_{i}" for i in range(plot.TOGETHER - 3)] + list(CONTROLS)
     lines = {name: [(0.5, 90.0 - i % 3), (0.15, 60.0)] for i, name in enumerate(names)}
     path = tmp_path / "curves.svg"
     plot.draw(plot.Curves(lines, "title", "value", level=100.0), path)
@@ -492,3 +492,13 @@ def test_without_matplotlib_only_pictures_are_refused(monkeypatch, tmp_path):
         assert result.exit_code == 2
         assert "pip install matplotlib" in result.stderr
     run("--strategies", "uniform", "--repeats", "1")
+
+
+def test_more_lines_than_can_be_told_apart_have_a_panel_each(tmp_path):
+    many = {f"s{i}": [(0.5, 90.0 - i), (0.25, 80.0 - i)] for i in range(11)} | {"none": []}
+    few = dict(list(many.items())[: plot.TOGETHER])
+    for name, lines in (("many", many), ("few", few)):
+        plot.draw(plot.Curves(lines, "title", "value", level=99.0), tmp_path / f"{name}.svg")
+    pictures = {name: (tmp_path / f"{name}.svg").read_text() for name in ("many", "few")}
+    panels = {name: text.count('id="axes_') for name, text in pictures.items()}
+    assert panels == {"many": 11, "few": 1}

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from tokenfuse.bench.retention.ask import lacking
 from tokenfuse.bench.retention.plan import BLIND, UNCOMPRESSED, UNDECIDED, Plan, read_plan, settings
 from tokenfuse.bench.retention.records import Answers, Clips, Header, Records, alone
-from tokenfuse.bench.retention.run import retention
+from tokenfuse.bench.retention.run import costs, retention
 from tokenfuse.bench.retention.summary import Summary, in_group, in_stratum
 from tokenfuse.cli import app
 from tokenfuse.errors import ConfigError
@@ -365,3 +365,13 @@ def test_the_instruments_are_small_and_see_alike():
     assert all(torch.equal(towers[0][name], towers[1][name]) for name in towers[0])
     readers = [model.model.language_model.layers[0].mlp.up_proj.weight for model in models.values()]
     assert not torch.equal(*readers)
+
+
+def test_costs_are_those_of_the_page(whole):
+    found = costs(small_plan(), INSTRUMENTS, whole)
+    assert {row["model"] for row in found} == {"plain"}
+    assert len(found) == len(settings(small_plan(), default_registry()))
+    for row in found:
+        assert row["retention"]["low"] <= row["retention"]["value"] <= row["retention"]["high"]
+        assert 0 < row["removed"] < 1
+    json.dumps(found)

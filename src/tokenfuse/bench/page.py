@@ -21,7 +21,7 @@ is asked to keep the same share of tokens, of those that a decoder layer reads o
 acts [inside the LLM](../explanation/inside-the-llm.md); everything else is its default. An answer
 counts if it is right to the letter. {controls} are controls that hardly look at the tokens.
 
-![Right answers against the share of tokens kept, a line per strategy]({picture})
+![Right answers against the share of tokens kept, strategy by strategy]({picture})
 
 The model is very small, has never seen a prompt with missing tokens, and looks at synthetic clips:
 that one strategy beats another here does not say that it will on a large model.

@@ -1,4 +1,4 @@
-"""Curves over the share of tokens kept, a line per strategy, labelled at their ends."""
+"""Curves over the share of tokens kept, a line or a panel per strategy."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ Point = tuple[float, float]
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b3294", "#8c2d04")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GREY = "#8a8a8a"
+_OTHERS = {"color": "#d9d9d9", "linewidth": 0.7, "zorder": 1}
+TOGETHER = 8
+"""Lines that can be told apart in one panel."""
+COLUMNS = 4
+"""Panels beside each other."""
 
 
 class Curves(NamedTuple):
@@ -80,7 +85,65 @@ def check(path: Path) -> None:
 
 
 def draw(curves: Curves, path: Path) -> None:
-    """Draw into a file whose suffix says of what kind."""
+    """Draw into a file whose suffix says of what kind: one panel, or one for each of many lines."""
+    if len(curves.lines) > TOGETHER:
+        _draw_apart(curves, path)
+    else:
+        _draw_together(curves, path)
+
+
+def _draw_apart(curves: Curves, path: Path) -> None:
+    """A panel for each strategy, in which the others are grey; all on the same axes."""
+    lines = {name: sorted(points, reverse=True) for name, points in curves.lines.items() if points}
+    # The best comes first, at the share that most of them kept.
+    shares = Counter(round(100 * kept) for points in lines.values() for kept, _ in points)
+    most = max(shares.values())
+    share = min(share for share, count in shares.items() if count == most)
+    sign = -1 if curves.level is None else 1
+
+    def rank(name: str) -> float:
+        return -sign * min(lines[name], key=lambda point: abs(100 * point[0] - share))[1]
+
+    rows = -(-len(lines) // COLUMNS)
+    figure = import_module("matplotlib.figure").Figure(
+        figsize=(2.45 * COLUMNS, 1.75 * rows + 0.7), layout="constrained"
+    )
+    panels = figure.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flatten()
+    figure.suptitle(f"{curves.title}. Grey: all others", x=0.01, ha="left", fontsize=11)
+    figure.supxlabel("visual tokens kept, %: fewer to the right", fontsize=10)
+    figure.supylabel(curves.value, fontsize=10)
+    for axes, name in zip(panels, sorted(lines, key=rank), strict=False):
+        for points in lines.values():
+            axes.plot([100 * kept for kept, _ in points], [y for _, y in points], **_OTHERS)
+        points = lines[name]
+        style = {"color": "#555555" if name in CONTROLS else _COLORS[0], "marker": "o"}
+        x, y = [100 * kept for kept, _ in points], [y for _, y in points]
+        axes.plot(x, y, linewidth=1.8, markersize=4, **style)
+        title = f"{name} (control)" if name in CONTROLS else name
+        axes.set_title(title, loc="left", fontsize=9, color=style["color"])
+        axes.grid(color="#eeeeee", linewidth=0.7)
+        axes.tick_params(labelsize=8)
+        if curves.level is not None:
+            axes.axhline(curves.level, color="black", linestyle=":", linewidth=1)
+    for axes in panels[len(lines) :]:
+        axes.set_visible(False)
+    for axes in panels[max(0, len(lines) - COLUMNS) : len(lines)]:
+        axes.tick_params(labelbottom=True)
+    first = panels[0]
+    if curves.level is not None:
+        across = first.get_yaxis_transform()
+        first.text(0.99, curves.level, "uncompressed", transform=across, ha="right", fontsize=7)
+    if curves.log:
+        _logarithmic(first, [y for points in lines.values() for _, y in points])
+    first.invert_xaxis()
+    ticks = _apart([round(100 * kept) for points in lines.values() for kept, _ in points])
+    if 1 < len(ticks) <= 8:
+        first.set_xticks(ticks)
+    figure.savefig(path, dpi=130)
+
+
+def _draw_together(curves: Curves, path: Path) -> None:
+    """All lines in one panel, labelled at their ends."""
     height = max(4.5, 0.235 * (len(curves.lines) + 3))
     figure = import_module("matplotlib.figure").Figure(figsize=(9.5, height), layout="constrained")
     axes = figure.add_subplot()

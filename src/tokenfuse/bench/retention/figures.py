@@ -100,7 +100,7 @@ def _motion(
     able = [model for model in models if all(model.has(s.key) for _, s in focused)]
     if not able:
         return None
-    figure, axes = _panels(len(able), 4.0)
+    figure, axes = _panels(len(able), 4.6)
     for axis, model in zip(axes, able, strict=True):
         for i, (name, setting) in enumerate(focused):
             costs = [model.cost(setting.key, in_group(model, group)) for group in GROUPS]
@@ -111,14 +111,19 @@ def _motion(
                 [100 * (r.value - r.low) for _, r in found],
                 [100 * (r.high - r.value) for _, r in found],
             ]
-            axis.errorbar(x, y, yerr=bars, marker="o", markersize=4, capsize=2, label=name)
+            axis.errorbar(
+                x, y, yerr=bars, marker="o", markersize=4, capsize=2, label=_label(name, setting)
+            )
         axis.set_xticks(range(len(GROUPS)), ["< ½", "½ to 1", "> 1"])
         axis.set_xlabel("measured motion, tokens per temporal patch")
         axis.set_ylabel("retention, %")
         axis.set_title(model.model, loc="left", fontsize=10)
         axis.grid(color="#e6e6e6", linewidth=0.8)
+    low, high = (f(y for axis in axes for y in axis.get_ylim()) for f in (min, max))
+    for axis in axes:
+        axis.set_ylim(low, high)
     lines, names = axes[0].get_legend_handles_labels()
-    place = {"loc": "outside lower center", "ncols": len(names)}
+    place = {"loc": "outside lower center", "ncols": 2}
     figure.legend(lines, names, fontsize=8, frameon=False, **place)
     figure.savefig(folder / "motion.png", dpi=130)
     return "Retention by measured motion", "motion.png"
@@ -129,3 +134,8 @@ def _panels(count: int, height: float) -> tuple[Any, list[Any]]:
         figsize=(4.6 * count, height), layout="constrained"
     )
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _label(name: str, setting: Setting) -> str:
+    """A sweep's name, and which strategy that is."""
+    return f"{name}: {setting.configuration.strategy}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -61,6 +63,28 @@ def retention(
     text = page(plan, chosen, summaries, figures(plan, chosen, summaries, out), command)
     write(out / "index.md", text)
     return out / "index.md"
+
+
+def costs(plan: Plan, models: Mapping[str, Path], out: Path) -> list[dict[str, Any]]:
+    """What each setting costs each model over all counted tasks, from the answers in ``out``.
+
+    One mapping for each: the model, the configuration, the sweeps and the values by which it is a
+    point of them, the questions, right answers without and with it, retention with its interval,
+    McNemar's ``p``, and the share of visual tokens that is gone.
+    """
+    found = []
+    for name in models:
+        path = out / f"{name}.jsonl"
+        if not path.exists():
+            continue
+        summary = Summary(Records(path))
+        for setting in settings(plan, default_registry()):
+            cost = summary.cost(setting.key)
+            if cost is not None:
+                about = {"model": name, "configuration": setting.configuration.describe()}
+                figures = asdict(cost) | {"retention": cost.retention._asdict()}
+                found.append(about | {"sweeps": setting.where} | figures)
+    return found
 
 
 def _ask(
