@@ -144,6 +144,76 @@ def run(
 
 
 @app.command()
+def batch(
+    questions: Annotated[
+        Path, typer.Argument(help="JSON Lines: id, video, question, and options to choose from.")
+    ],
+    out: Annotated[Path, typer.Argument(help="JSON Lines of answers, added to if it is there.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id; the micro Qwen3-VL if left out.")
+    ] = None,
+    strategy: Annotated[
+        str, typer.Option(help="Strategy, preset or YAML file; none for no compression.")
+    ] = "ttf",
+    options: Annotated[
+        list[str] | None, typer.Option("--set", help="Option of the strategy: threshold=0.8")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames to sample, evenly in time.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames to sample per second.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows to answer, at most.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: every n-th row from the i-th on, such as 1/4.")
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Answer anew what failed.")] = False,
+) -> None:
+    """Answer many questions about many videos; a run that was stopped goes on where it was.
+
+    The exit status is 1 where rows failed, whose reasons stand in the output.
+    """
+    with _errors():
+        from tokenfuse.config import get_configuration
+
+        given = _overrides(options or [])
+        if strategy == "none" and given:
+            raise ConfigError("--strategy none has no options; expected no --set beside it")
+        chosen = None if strategy == "none" else get_configuration(strategy, **given)
+        _quiet()
+        from tokenfuse.inference.batch import (
+            Answers,
+            answer_all,
+            part_of,
+            read_rows,
+            run_key,
+        )
+        from tokenfuse.inference.json_lines import alone
+
+        rows = part_of(read_rows(questions), shard, limit)
+        source = _source(model)
+        with alone(out), _progress() as say:
+            answers = Answers(out)
+            sampled = {"frames": frames, "fps": fps, "max_new_tokens": max_new_tokens}
+            if retry:
+                answers.forget_failed(run_key(chosen, source, **sampled))
+            failed = answer_all(
+                rows,
+                answers,
+                chosen,
+                source=source,
+                folder=questions.parent,
+                frames=frames,
+                fps=fps,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                say=say,
+            )
+    _err.print(f"{len(rows) - failed} rows answered, {failed} failed: {out}", soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def show(
     video: Annotated[
         str | None, typer.Argument(help="Video file; a short clip of tokenfuse's own if left out.")

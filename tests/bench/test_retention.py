@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 
 from tokenfuse.bench.retention.ask import lacking
 from tokenfuse.bench.retention.plan import BLIND, UNCOMPRESSED, UNDECIDED, Plan, read_plan, settings
-from tokenfuse.bench.retention.records import Answers, Clips, Header, Records, alone
+from tokenfuse.bench.retention.records import Answers, Clips, Header, Records
 from tokenfuse.bench.retention.run import costs, retention
 from tokenfuse.bench.retention.summary import Summary, in_group, in_stratum
 from tokenfuse.cli import app
 from tokenfuse.errors import ConfigError
+from tokenfuse.inference.json_lines import alone
 from tokenfuse.inference.load import load
 from tokenfuse.micro import INSTRUMENTS
 from tokenfuse.registry import default_registry

@@ -7,18 +7,16 @@ stopped. A line that was cut short does not count and is removed.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tokenfuse.bench.paired import Right
 from tokenfuse.errors import ConfigError
+from tokenfuse.inference.json_lines import JsonLines
 
 
 class Header(BaseModel):
@@ -83,9 +81,11 @@ class Records:
         self.clips: dict[str, Clips] = {}
         self.answers: dict[tuple[str, str], Answers] = {}
         self.described: dict[str, dict[str, Any]] = {}
-        self._whole: int | None = None
-        if path.exists():
-            self._read()
+        self._file = JsonLines(path)
+        for number, text in enumerate(self._file.lines, 1):
+            self._take(_parse(text, f"{path}, line {number}"))
+        if self._file.lines and self.header is None:
+            raise ConfigError(f"{path} has no header: it is no file of this command; move it")
 
     def begin(self, header: Header) -> None:
         """Say what all answers have in common. Raises ConfigError if the file disagrees."""
@@ -103,14 +103,7 @@ class Records:
     def append(self, line: Line) -> None:
         """Add a line, whole or not at all even if the process is killed."""
         self._take(line)
-        with self.path.open("ab") as file:
-            if self._whole is not None:
-                # Only now: who reads a file may read it while another process writes a line.
-                file.truncate(self._whole)
-                self._whole = None
-            file.write(line.model_dump_json().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._file.add(line.model_dump_json())
 
     def done(self, task: str, setting: str) -> bool:
         """Whether there are answers to a task under a setting."""
@@ -134,36 +127,6 @@ class Records:
             case Answers():
                 # The first counts: no question is counted twice.
                 self.answers.setdefault((line.task, line.setting), line)
-
-    def _read(self) -> None:
-        raw = self.path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        for number, text in enumerate(whole.splitlines(), 1):
-            self._take(_parse(text, f"{self.path}, line {number}"))
-        if whole and self.header is None:
-            raise ConfigError(f"{self.path} has no header: it is no file of this command; move it")
-        if len(whole) < len(raw):
-            self._whole = len(whole)
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Keep other processes that ask for it from writing to ``path`` inside the block.
-
-    Raises ConfigError where one is at it already.
-    """
-    whole = path.resolve()
-    lock = FileLock(whole.with_name(f".{whole.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(
-            f"another run is adding to {path}: wait for it, or choose another --out"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _parse(text: bytes, where: str) -> Line:

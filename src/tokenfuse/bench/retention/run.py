@@ -24,9 +24,10 @@ from tokenfuse.bench.retention.ask import ask, lacking
 from tokenfuse.bench.retention.figures import figures
 from tokenfuse.bench.retention.page import page
 from tokenfuse.bench.retention.plan import Plan, Setting, settings
-from tokenfuse.bench.retention.records import Records, alone
+from tokenfuse.bench.retention.records import Records
 from tokenfuse.bench.retention.summary import Summary
 from tokenfuse.errors import ConfigError
+from tokenfuse.inference.json_lines import alone
 from tokenfuse.registry import default_registry
 
 
