@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,15 +30,14 @@ WAYS = {
     "one by one": {},
     "again, from the prefix cache": {"twice": True},
     "all at once, in chunks": {"together": True, "max_num_batched_tokens": 64, "max_num_seqs": 8},
-    "another process": {"apart": True},
 }
 PAGE = """\
 # vLLM against transformers
 
 The same prompts answered by vLLM {vllm} with the plug-in and by transformers {transformers} with
 `attach`, eight tokens each: whether all tokens are equal, and the greatest difference of a token's
-log-probability. The micro Qwen3-VL with noise on its weights, fp32, CPU. *Tokens* is the length of the
-compressed prompt in both.
+log-probability. The micro Qwen3-VL with noise on its weights, fp32, CPU. *Tokens* is the length of
+the compressed prompt in both.
 
 {tables}
 ```console
@@ -125,7 +123,7 @@ def by_transformers(folder: Path) -> list[dict]:
 def by_vllm(folder: str, strategy: dict, options: dict) -> dict:
     """In the other environment."""
     twice, together = options.pop("twice", False), options.pop("together", False)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if options.pop("apart", False) else "0"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from PIL import Image
     from transformers import AutoProcessor

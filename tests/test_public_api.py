@@ -18,7 +18,16 @@ from tokenfuse import errors
 from tokenfuse import hooks as hookspecs
 
 DOCS = Path(__file__).parents[1] / "docs"
-MODULES = ["tokenfuse", *(m.name for m in pkgutil.walk_packages(tokenfuse.__path__, "tokenfuse."))]
+FOR_OTHERS = "tokenfuse.integrations._vllm_qwen3_vl"
+"""A module that only vLLM imports."""
+MODULES = [
+    "tokenfuse",
+    *(
+        m.name
+        for m in pkgutil.walk_packages(tokenfuse.__path__, "tokenfuse.")
+        if m.name != FOR_OTHERS
+    ),
+]
 ERRORS = [e for e in vars(errors).values() if inspect.isclass(e) and issubclass(e, Exception)]
 HOOKS = [name for name in vars(hookspecs) if name.startswith("tokenfuse_")]
 
