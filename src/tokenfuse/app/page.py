@@ -120,7 +120,9 @@ def build(model: Any, processor: Any, *, about: str, limits: Limits) -> Any:
             with gr.Column():
                 frames = gr.HTML(_strip(clips[chosen][0]), elem_id="frames")
                 known = gr.Markdown(f"The right answer is *{clips[chosen][2]}*.", elem_id="known")
-                question = gr.Textbox(clips[chosen][1], label="Question", elem_id="question")
+                question = gr.Textbox(
+                    clips[chosen][1], label="Question", interactive=True, elem_id="question"
+                )
         with gr.Row():
             sides = [
                 gr.Dropdown(offered(), value=name, label=label, elem_id=f"strategy-{side}")
