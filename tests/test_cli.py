@@ -17,7 +17,7 @@ from tokenfuse.bench import micro, tables
 from tokenfuse.bench.micro import Benchmark, Score, TaskScore
 from tokenfuse.cli import app
 from tokenfuse.inference import run as inference_run
-from tokenfuse.micro import CHECKPOINT, NOTE, SAMPLE
+from tokenfuse.micro import CHECKPOINT, NOTE, SAMPLE, SAMPLE_QUESTION
 from tokenfuse.micro.tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,9 +53,11 @@ def test_env_prints_what_a_report_needs():
 # The micro model and a video of the caller's own
 
 
-def test_the_micro_model_says_that_it_does_not_know_the_callers_video():
+def test_the_micro_model_says_that_it_does_not_know_the_callers_video(tmp_path):
     options = ["--repeats", "1", "--frames", "4", "--json"]
-    for command in (["run", str(SAMPLE)], ["compare", str(SAMPLE), "--strategies", "uniform"]):
+    clip = tmp_path / "holiday.mp4"
+    clip.write_bytes(SAMPLE.read_bytes())
+    for command in (["run", str(clip)], ["compare", str(clip), "--strategies", "uniform"]):
         for model in ([], ["--model", str(CHECKPOINT)]):
             result = cli.invoke(app, [*command, *model, *options])
             assert json.loads(result.stdout)["note"] == NOTE
@@ -63,9 +65,12 @@ def test_the_micro_model_says_that_it_does_not_know_the_callers_video():
 
 
 def test_its_own_clip_needs_no_note():
-    result = cli.invoke(app, ["run", "--repeats", "1", "--frames", "4", "--json"])
-    assert json.loads(result.stdout)["note"] is None
-    assert "note" not in result.stderr
+    options = ["--repeats", "1", "--frames", "4", "--json"]
+    for clip in ([], [str(SAMPLE)]):
+        result = cli.invoke(app, ["run", *clip, *options])
+        assert json.loads(result.stdout)["note"] is None
+        assert json.loads(result.stdout)["question"] == SAMPLE_QUESTION
+        assert "note" not in result.stderr
 
 
 # Tables

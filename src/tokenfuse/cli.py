@@ -691,6 +691,7 @@ def serve_page(
         from tokenfuse.app.upload import Limits
 
         app_page.gradio()
+        app_page.check_address(host, port)
         _quiet()
         from tokenfuse.inference.load import load
         from tokenfuse.micro import NOTE, is_micro
@@ -702,6 +703,7 @@ def serve_page(
         limits = Limits(frames=frames, file_mb=most_mb, length=seconds)
         note = NOTE if is_micro(source) else ""
         page = app_page.build(loaded, processor, about=note, limits=limits)
+        app_page.check_address(host, port)
     app_page.launch(page, limits, host=host, port=port)
 
 
@@ -852,9 +854,15 @@ def _asked(video: str | None, question: str | None) -> tuple[str | Path, str]:
     """The video and the question; of tokenfuse's own clip if no video is given."""
     from tokenfuse.micro import SAMPLE, SAMPLE_QUESTION
 
-    if video is None:
-        return SAMPLE, question or SAMPLE_QUESTION
+    if video is None or _is_sample(video):
+        return video or SAMPLE, question or SAMPLE_QUESTION
     return video, question or "What happens in the video?"
+
+
+def _is_sample(video: str) -> bool:
+    from tokenfuse.micro import SAMPLE
+
+    return Path(video).resolve() == SAMPLE.resolve()
 
 
 def _source(model: str | None) -> str | Path:
@@ -867,7 +875,7 @@ def _with_note(result: Result, video: str | None) -> Result:
     """The result, with a note where the micro model saw a video of the caller's own."""
     from tokenfuse.micro import NOTE, is_micro
 
-    if video is None or not is_micro(result.model):
+    if video is None or _is_sample(video) or not is_micro(result.model):
         return result
     _err.print(f"[yellow]note[/]: {NOTE}", soft_wrap=True)
     return result.model_copy(update={"note": NOTE})

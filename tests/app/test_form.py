@@ -28,8 +28,9 @@ def test_what_is_changed_is_what_the_configuration_has():
 def test_kinds_follow_the_types_of_options():
     kinds = {field.name: field.kind for field in fields("ttf")}
     assert (kinds["threshold"], kinds["guard"], kinds["anchor"]) == ("number", "choice", "text")
-    ratio = next(field for field in fields("ttf") if field.name == "keep_ratio")
-    assert (ratio.low, ratio.high, ratio.default) == (0, 1, None)
+    whole = {field.name: field.whole for field in fields("ttf") if field.kind == "number"}
+    assert (whole["window"], whole["threshold"]) == (True, False)
+    assert {field.kind for field in fields("pixelprune") if field.name == "anchored"} == {"flag"}
 
 
 def test_lists_are_written_as_in_a_file():

@@ -82,9 +82,14 @@ def _row(one: Answered, any_report: Report | None) -> list[str]:
     costs = ["", "", "", ""]
     if one.report is not None:
         report = one.report
-        before, after = report.tokens_before, report.tokens_after
+        before = report.tokens_before
+        words = f"{round(report.layer_average * before)} of {before} ({report.layer_average:.0%})"
+        if report.layer_tokens is not None:
+            words += ", on average of all layers"
+        if why := report.reason or next((x.reason for x in report.items if x.reason), None):
+            words += f": {why}"
         costs = [
-            f"{after} of {before} ({after / before:.0%})" if before else "0",
+            words,
             str(sum(report.prompt_after)),
             flops(report.prefill_flops_after),
             size(report.kv_cache_bytes_after),

@@ -19,9 +19,8 @@ Kind = Literal["choice", "flag", "number", "text"]
 class Field:
     """One option of a strategy as a form shows it.
 
-    ``kind``: one of ``choices``; yes or no; a number from ``low`` to ``high``, where they are
-    given; or text that is read as YAML. ``default``: the strategy's own, None where the option may
-    be left blank.
+    ``kind``: one of ``choices``; yes or no; a number, a ``whole`` one or any; or text that is read
+    as YAML. ``default``: the strategy's own, None where the option may be left blank.
     """
 
     name: str
@@ -29,8 +28,6 @@ class Field:
     default: Any
     about: str
     choices: tuple[Any, ...] = ()
-    low: float | None = None
-    high: float | None = None
     whole: bool = False
 
     @property
@@ -93,9 +90,7 @@ def _field(name: str, entry: Mapping[str, Any], default: Any) -> Field:
     if kind == "boolean":
         return Field(name, "flag", default, about)
     if kind in ("number", "integer"):
-        low = only.get("minimum", only.get("exclusiveMinimum"))
-        high = only.get("maximum", only.get("exclusiveMaximum"))
-        return Field(name, "number", default, about, low=low, high=high, whole=kind == "integer")
+        return Field(name, "number", default, about, whole=kind == "integer")
     return Field(name, "text", default, about)
 
 

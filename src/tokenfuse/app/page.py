@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
+import socket
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from html import escape
 from importlib import import_module  # gradio by name: type checkers run without it
 from typing import Any
@@ -17,7 +17,7 @@ from tokenfuse.app.answers import HEAD, Answered, answer, rows
 from tokenfuse.app.form import Field, configured, fields, offered
 from tokenfuse.app.upload import MB, Limits, read_upload
 from tokenfuse.config import Configuration, get_configuration
-from tokenfuse.errors import ConfigError, TokenFuseError
+from tokenfuse.errors import ConfigError, PromptError, TokenFuseError
 from tokenfuse.inference.video import Video
 from tokenfuse.micro.tasks import held_out
 
@@ -55,7 +55,8 @@ def examples() -> dict[str, tuple[Video, str, str]]:
 def build(model: Any, processor: Any, *, about: str, limits: Limits) -> Any:
     """The page, a ``gradio.Blocks`` that is ready to be launched.
 
-    ``about``: what visitors should know of the model, as Markdown.
+    ``about``: what visitors should know of the model before they believe its answer to a clip of
+    their own, if anything.
     """
     gr = gradio()
     clips = examples()
@@ -84,13 +85,12 @@ def build(model: Any, processor: Any, *, about: str, limits: Limits) -> Any:
     ) -> tuple[str, ...]:
         shown = clips[example][0] if video is None else video
         if not question.strip():
-            raise gr.Error("the question is empty; expected one in plain words")
+            raise PromptError("the question is empty; expected one in plain words")
 
         def say(words: str) -> None:
             progress(None, desc=words)
 
-        with _told(gr):
-            found = answer(model, processor, shown, question, configurations, say=say)
+        found = answer(model, processor, shown, question, configurations, say=say)
         note = ""
         if video is not None and about:
             note = f"<p>{escape(about)}</p>"
@@ -138,11 +138,13 @@ def build(model: Any, processor: Any, *, about: str, limits: Limits) -> Any:
             boxes: list[Any] = []
             with gr.Row():
                 for side, strategy in zip("ab", strategies, strict=True):
-                    # In two columns of their own.
-                    with gr.Column(), gr.Row():
+                    with gr.Column():
+                        gr.Markdown(f"**{strategy}**: an empty box leaves an option unset.")
                         form = fields(strategy)
                         asked.append((strategy, form))
-                        boxes += [_box(gr, side, strategy, field) for field in form]
+                        # In two columns of their own.
+                        with gr.Row():
+                            boxes += [_box(gr, side, strategy, field) for field in form]
 
             def go(
                 video: Video | None,
@@ -152,14 +154,16 @@ def build(model: Any, processor: Any, *, about: str, limits: Limits) -> Any:
                 progress: Any = gr.Progress(),  # noqa: B008 # how Gradio finds it
             ) -> tuple[str, ...]:
                 left = iter(values)
-                with _told(gr):
+                filled = [{field.name: next(left) for field in form} for _, form in asked]
+                try:
                     chosen = [
-                        get_configuration(
-                            configured(strategy, {field.name: next(left) for field in form})
-                        )
-                        for strategy, form in asked
+                        get_configuration(configured(strategy, entered))
+                        for (strategy, _), entered in zip(asked, filled, strict=True)
                     ]
-                return compare(video, name, text, chosen, progress)
+                    return compare(video, name, text, chosen, progress)
+                except TokenFuseError as error:
+                    # What stood there belongs to another question or other strategies.
+                    return f"<p><b>Not answered:</b> {escape(str(error))}</p>", "", "", ""
 
             run.click(
                 go,
@@ -203,6 +207,21 @@ def launch(page: Any, limits: Limits, *, host: str, port: int | None, block: boo
     )
 
 
+def check_address(host: str, port: int | None) -> None:
+    """Raise ConfigError where nothing can listen at an address. ``port``: None for any."""
+    try:
+        kind, *_, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(kind, socket.SOCK_STREAM) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as error:
+        where = host if port is None else f"{host}:{port}"
+        raise ConfigError(
+            f"the page cannot listen at {where}: {error.strerror or error}; expected an address of "
+            "this machine and a port that is free: leave --port out for the next free one"
+        ) from error
+
+
 def gradio() -> Any:
     """The package. Raises ConfigError where it is not installed."""
     try:
@@ -212,15 +231,6 @@ def gradio() -> Any:
             'tokenfuse app needs Gradio; expected it to be installed: pip install ".[app]" in a '
             "checkout of tokenfuse"
         ) from error
-
-
-@contextmanager
-def _told(gr: Any) -> Iterator[None]:
-    """Show the visitor what tokenfuse says is wrong."""
-    try:
-        yield
-    except TokenFuseError as error:
-        raise gr.Error(escape(str(error)), duration=None, print_exception=False) from error
 
 
 def _box(gr: Any, side: str, strategy: str, field: Field) -> Any:
@@ -237,12 +247,12 @@ def _box(gr: Any, side: str, strategy: str, field: Field) -> Any:
     if field.kind == "choice":
         return gr.Dropdown(list(field.choices), value=field.default, **common)
     if field.kind == "flag":
-        return gr.Checkbox(value=field.default, **common)
+        # A check box cuts the name of an option off in so narrow a column.
+        return gr.Dropdown([("yes", True), ("no", False)], value=field.default, **common)
     if field.kind == "number":
         step = 1 if field.whole else 0.05
-        return gr.Number(
-            value=field.default, minimum=field.low, maximum=field.high, step=step, **common
-        )
+        # Bounds are the strategy's to tell: its errors name the option, and Gradio's do not.
+        return gr.Number(value=field.default, step=step, **common)
     return gr.Textbox(value=field.shown, **common)
 
 
@@ -251,8 +261,10 @@ def _table(answered: Sequence[Answered]) -> str:
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows(answered)
     )
-    style = "width:100%;overflow-wrap:anywhere"
-    return f'<table style="{style}"><tr>{head}</tr>{body}</table>'
+    # An answer of one long word is broken; on a narrow screen the table scrolls as a whole.
+    style = "width:100%;min-width:760px;overflow-wrap:anywhere"
+    table = f'<table style="{style}"><tr>{head}</tr>{body}</table>'
+    return f'<div style="overflow-x:auto">{table}</div>'
 
 
 def _framed(one: Answered) -> str:

@@ -107,8 +107,7 @@ def trace(
             order = plan.frame_order
             times = None
             if timestamps is not None:
-                own = timestamps[number]
-                times = tuple(own[i * len(own) // tokens.grid[0]] for i in range(tokens.grid[0]))
+                times = _per_frame(timestamps[number], tokens.grid[0])
             maps.append(
                 TokenMap(
                     pictures,
@@ -123,6 +122,11 @@ def trace(
             )
             number += 1
     return maps
+
+
+def _per_frame(timestamps: Sequence[float], count: int) -> tuple[float, ...]:
+    """When each of ``count`` frames of the grid is shown: the mean of those that it stands for."""
+    return tuple(float(part.mean()) for part in np.array_split(np.asarray(timestamps), count))
 
 
 def _left(tokens: VisualTokens) -> npt.NDArray[np.bool_]:
