@@ -25,10 +25,22 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
+from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import Page, sync_playwright
+
+from tokenfuse.micro.tasks import SHAPES
 
 PORT = 7899
 MOST_MB = 100
+REFUSED = {
+    "broken": "broken.mp4 cannot be opened",
+    "cut": "cut.mp4 cannot be opened",
+    "huge": "exceed the maximum allowed size",
+    "long": "lasts 700 s",
+    "wide": "5000 x 64 pixels",
+    "endless": "was not decoded within 20 s",
+}
+"""What the page says of files, by a part of it."""
 URL = f"http://127.0.0.1:{PORT}"
 FOLDER = Path(__file__).parents[1] / "docs"
 
@@ -94,7 +106,8 @@ def visit(browser) -> Page:
         try:
             page.goto(URL, wait_until="domcontentloaded")
             break
-        except Exception:
+        except PlaywrightError:
+            # Nothing listens yet.
             time.sleep(1)
     page.wait_for_selector("#a-threshold input", timeout=60_000)
     return page
@@ -103,6 +116,7 @@ def visit(browser) -> Page:
 def upload(page: Page, path: Path) -> str:
     """What the page says of an upload."""
     page.evaluate("document.querySelectorAll('.toast-close').forEach(x => x.click())")
+    page.wait_for_function("!document.querySelector('.toast-body')")
     said = "document.querySelector('#known .prose').innerText + (toast ? toast.innerText : '')"
     said = f"(toast => {said})(document.querySelector('.toast-body.error'))"
     shown = f"[...document.querySelectorAll('#frames img')].map(x => x.src).join() + {said}"
@@ -178,6 +192,18 @@ def main() -> None:
         ]
         second = outlined(page)
         assert first.count(' class="gone"') > second.count(' class="gone"') > 0
+        page.fill("#question textarea", "What shape is the moving object?")
+        asked = compare(page)
+        lines += ["Asked *What shape is the moving object?* instead:", "", "```text", *asked]
+        assert asked[1].split(" | ")[1] in SHAPES, asked
+        page.fill("#a-window input", "4")
+        page.press("#a-window input", "Tab")
+        page.click("#compare")
+        page.wait_for_selector("#note b", timeout=60_000)
+        page.wait_for_function("!document.querySelector('#table table')")
+        lines += ["```", "", f"With `window` at 4: *{page.inner_text('#note').strip()}*", ""]
+        page.fill("#a-window input", "3")
+        page.press("#a-window input", "Tab")
         lines += [f"An upload, `red.mp4`: {upload(page, files['red'])}", ""]
         compare(page)
         lines += [f"The note above its table: *{page.inner_text('#note').strip()}*.", ""]
@@ -188,9 +214,10 @@ def main() -> None:
             "| file | answer after | what the page says |",
             "| --- | ---: | --- |",
         ]
-        for kind in ("broken", "cut", "huge", "long", "wide", "endless"):
+        for kind, words in REFUSED.items():
             started = time.monotonic()
             said = upload(page, files[kind])
+            assert words in said, (kind, said)
             lines.append(f"| {kind} | {time.monotonic() - started:.1f} s | {said} |")
         lines += ["", f"Afterwards a clip is taken again: {upload(page, files['blue'])}", ""]
 

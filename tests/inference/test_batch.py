@@ -113,6 +113,8 @@ def test_choices_stand_below_the_question_with_their_letters(tmp_path):
         ('{"id": "b", "video": "v", "question": "w", "choices": []}', "unknown key choices"),
         ('{"id": "b", "video": 3, "question": "w"}', "line 2: video is wrong"),
         ('{"id": "b", "video": "v", "question": ""}', "line 2: question is wrong"),
+        ('{"id": "b", "video": "v", "question": "\\ud800"}', "line 2: question is wrong"),
+        ('{"id": "b", "video": "v", "question": "w", "options": ["\\ud800"]}', "is no text"),
         ('{"id": "a", "video": "v", "question": "w"}', "id 'a' is that of line 1, too"),
     ],
 )
@@ -121,6 +123,28 @@ def test_a_line_that_is_wrong_is_named(tmp_path, line, words):
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(ConfigError, match=words):
         read_rows(path)
+
+
+def test_a_file_without_questions_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="holds no questions"):
+        read_rows(write(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--frames", "8", "--fps", "2"), "are both given"),
+        (("--frames", "0"), "expected 1 or more"),
+        (("--strategy", "sparsevlm"), "the decoder of Qwen3VLForConditionalGeneration has 4"),
+    ],
+)
+def test_what_no_row_can_be_answered_with_ends_the_run_before_the_first(clips, options, words):
+    path = write(clips, {"id": "a", "video": "good.mp4", "question": COLOR})
+    out = clips / "answers.jsonl"
+    done = CliRunner().invoke(app, ["batch", str(path), str(out), *options])
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert not out.exists()
 
 
 def test_shards_are_all_rows_once(tmp_path):
@@ -158,7 +182,7 @@ from pathlib import Path
 from tokenfuse.inference import batch
 
 batch.load = lambda source: (None, None)
-batch.refuse_special_tokens = lambda processor, text: None
+batch.refuse_special_tokens = batch.refuse_images_only = lambda *given: None
 batch._Run._generate = lambda self, part: (["yes"] * len(part), [9] * len(part), [5] * len(part))
 file, out = map(Path, sys.argv[1:])
 print("ready", flush=True)
@@ -198,7 +222,10 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop()),) * 2)
 from tokenfuse.cli import app
 """
-FULL += RUN[: RUN.index("batch.answer_all")] + "app(['batch', *map(str, (file, out))])"
+FULL += (
+    RUN[: RUN.index("batch.answer_all")]
+    + "app(['batch', *map(str, (file, out)), '--strategy', 'none'])"
+)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only here the limit stands for a full disk")

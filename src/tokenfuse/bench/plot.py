@@ -34,6 +34,7 @@ class Curves(NamedTuple):
     value: str
     level: float | None = None
     log: bool = False
+    less_is_better: bool = False
 
 
 def comparison_curves(result: Comparison) -> Curves:
@@ -47,6 +48,7 @@ def comparison_curves(result: Comparison) -> Curves:
         f"First token's distribution: {result.question}",
         "KL(uncompressed || compressed), nats: lower is better",
         log=True,
+        less_is_better=True,
     )
 
 
@@ -99,10 +101,10 @@ def _draw_apart(curves: Curves, path: Path) -> None:
     shares = Counter(round(100 * kept) for points in lines.values() for kept, _ in points)
     most = max(shares.values())
     share = min(share for share, count in shares.items() if count == most)
-    sign = -1 if curves.level is None else 1
+    sign = 1 if curves.less_is_better else -1
 
     def rank(name: str) -> float:
-        return -sign * min(lines[name], key=lambda point: abs(100 * point[0] - share))[1]
+        return sign * min(lines[name], key=lambda point: abs(100 * point[0] - share))[1]
 
     rows = -(-len(lines) // COLUMNS)
     figure = import_module("matplotlib.figure").Figure(
@@ -133,12 +135,7 @@ def _draw_apart(curves: Curves, path: Path) -> None:
     if curves.level is not None:
         across = first.get_yaxis_transform()
         first.text(0.99, curves.level, "uncompressed", transform=across, ha="right", fontsize=7)
-    if curves.log:
-        _logarithmic(first, [y for points in lines.values() for _, y in points])
-    first.invert_xaxis()
-    ticks = _apart([round(100 * kept) for points in lines.values() for kept, _ in points])
-    if 1 < len(ticks) <= 8:
-        first.set_xticks(ticks)
+    _scale(first, curves)
     figure.savefig(path, dpi=130)
 
 
@@ -162,14 +159,20 @@ def _draw_together(curves: Curves, path: Path) -> None:
         axes.axhline(curves.level, color="black", linestyle=":", linewidth=1.2)
         across = axes.get_yaxis_transform()
         axes.text(0.01, curves.level, "uncompressed", transform=across, va="bottom", fontsize=8)
-    if curves.log:
-        _logarithmic(axes, [y for points in lines.values() for _, y in points])
-    axes.invert_xaxis()
-    ticks = _apart([round(100 * kept) for points in lines.values() for kept, _ in points])
-    if 1 < len(ticks) <= 8:
-        axes.set_xticks(ticks)
+    _scale(axes, curves)
     _label(figure, axes, lines, styles)
     figure.savefig(path, dpi=150)
+
+
+def _scale(axes: Any, curves: Curves) -> None:
+    """Both axes: fewer tokens to the right, ticks at the shares that were asked for."""
+    points = [point for points in curves.lines.values() for point in points]
+    if curves.log:
+        _logarithmic(axes, [y for _, y in points])
+    axes.invert_xaxis()
+    ticks = _apart([round(100 * kept) for kept, _ in points])
+    if 1 < len(ticks) <= 8:
+        axes.set_xticks(ticks)
 
 
 def _apart(shares: Sequence[int]) -> list[int]:

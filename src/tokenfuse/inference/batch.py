@@ -17,11 +17,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from tokenfuse.config import Configuration
 from tokenfuse.errors import ConfigError, TokenFuseError, did_you_mean
 from tokenfuse.inference.generate import decode, generate
-from tokenfuse.inference.inputs import batch_inputs, frames_as_images, refuse_special_tokens
+from tokenfuse.inference.inputs import (
+    batch_inputs,
+    frames_as_images,
+    refuse_images_only,
+    refuse_special_tokens,
+)
 from tokenfuse.inference.json_lines import JsonLines
 from tokenfuse.inference.load import load
 from tokenfuse.inference.measure import Say
-from tokenfuse.inference.video import Video, read_video
+from tokenfuse.inference.video import Video, check_sampling, read_video
 from tokenfuse.sessions.attach import attach
 
 AHEAD = 4
@@ -30,6 +35,7 @@ MOST_PIXELS = 2**26
 """Pixels of all frames of one video; larger ones are scaled down."""
 _Asked = tuple["Row", Video]
 _ROW_FAILS = (TokenFuseError, MemoryError, torch.OutOfMemoryError)
+"""What one row may be to blame for. What fits no row is refused before the first."""
 
 
 class Row(BaseModel):
@@ -45,6 +51,16 @@ class Row(BaseModel):
     video: str
     question: str = Field(min_length=1)
     options: tuple[str, ...] = Field((), max_length=len(ascii_uppercase))
+
+    @field_validator("id", "video", "question", "options")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        for text in [value] if isinstance(value, str) else value:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{text!r} is no text: {error.reason}") from None
+        return value
 
     @field_validator("id", mode="before")
     @classmethod
@@ -65,9 +81,8 @@ class Answer(BaseModel):
     """What became of one row.
 
     ``run``: a hash of the strategy, the model and all else that decides the answer. ``question``:
-    as the model was asked it. ``answer`` or
-    ``error`` is given. ``frames`` were sampled; ``prompt_before`` and ``prompt_after`` are tokens
-    of the prompt without and with compression.
+    as the model was asked it. ``answer`` or ``error`` is given. ``frames`` were sampled;
+    ``prompt_before`` and ``prompt_after`` are tokens of the prompt without and with compression.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -154,6 +169,8 @@ def read_rows(path: Path) -> list[Row]:
             )
         lines[row.id] = number
         rows.append(row)
+    if not rows:
+        raise ConfigError(f"{path} holds no questions; expected one JSON object on each line")
     return rows
 
 
@@ -172,7 +189,7 @@ def _row(line: bytes, where: str) -> Row:
         if first["type"] == "extra_forbidden":
             hint = did_you_mean(name, Row.model_fields)
             raise ConfigError(f"{where}unknown key {name}: {hint}") from None
-        message = first["msg"].replace("Input should", "it should")
+        message = first["msg"].replace("Input should", "it should").removeprefix("Value error, ")
         raise ConfigError(f"{where}{name} is wrong: {message}") from None
 
 
@@ -216,17 +233,22 @@ def answer_all(
     whose video or question cannot be used gets an ``error``, and so does one that the model cannot
     answer; rows beside it are answered all the same.
 
-    Raises ConfigError where an answer stands there to something else, UnsupportedModelError where
-    the model cannot be loaded, and OSError where an answer cannot be written; the run can then be
-    resumed.
+    Raises ConfigError where an answer stands there to something else, VideoError for frames that
+    nothing can be sampled by, UnsupportedModelError where the model cannot be loaded, takes no
+    video or does not go with the strategy, and OSError where an answer cannot be written; the run
+    can then be resumed.
     """
     if batch_size < 1:
         raise ConfigError(f"batch size {batch_size} is wrong; expected 1 or more")
+    check_sampling(frames=frames, fps=fps)
     key = run_key(configuration, source, frames=frames, fps=fps, max_new_tokens=max_new_tokens)
     left = [row for row in rows if not answers.has(row, key)]
     if left:
         say("loading the model")
         model, processor = load(source)
+        refuse_images_only(processor)
+        if configuration is not None:
+            attach(model, configuration).detach()
         run = _Run(model, processor, configuration, max_new_tokens, key, answers)
         run.told = _Told(len(rows), len(rows) - len(left), say)
         step = batch_size * (1 if batch_size == 1 else AHEAD)

@@ -126,7 +126,8 @@ def read_video(
         # A Path would make one slash of the two.
         raise VideoError(f"{path} is a URL; expected a local video file: download it first")
     path = Path(path)
-    _check(path, frames, fps, max_frames, max_pixels)
+    check_sampling(frames=frames, fps=fps, max_frames=max_frames, max_pixels=max_pixels)
+    _check_file(path)
     if max_frames is None:
         max_frames = DEFAULT_FRAMES if fps is None else MOST_FRAMES
     times = _packet_times(path)
@@ -144,13 +145,14 @@ def read_video(
     return Video(images, chosen, mean_fps, len(times), shown, times[-1] + (last or 1 / mean_fps))
 
 
-def _check(
-    path: Path,
-    frames: int | None,
-    fps: float | None,
-    max_frames: int | None,
-    max_pixels: int | None,
+def check_sampling(
+    *,
+    frames: int | None = None,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    max_pixels: int | None = None,
 ) -> None:
+    """Raise VideoError where ``read_video`` cannot sample any video by these."""
     if frames is not None and fps is not None:
         raise VideoError(
             f"frames={frames} and fps={fps} are both given; expected one: leave the other out"
@@ -160,6 +162,9 @@ def _check(
             raise VideoError(f"{name}={count}; expected 1 or more: leave it out for the default")
     if fps is not None and not (isfinite(fps) and fps > 0):
         raise VideoError(f"fps={fps}; expected a finite rate above 0: leave it out for all frames")
+
+
+def _check_file(path: Path) -> None:
     if path.is_dir():
         raise VideoError(
             f"{path} is a folder; expected a video file: make one of the frames in it, such as by "
