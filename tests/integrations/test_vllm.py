@@ -24,6 +24,7 @@ from tokenfuse.integrations._vllm_rows import (
     to_digits,
     with_frames,
 )
+from tokenfuse.integrations._vllm_runner import _marked
 from tokenfuse.integrations.vllm import choose, num_kept, strategy_of
 from tokenfuse.micro import CHECKPOINT, SAMPLE
 
@@ -51,6 +52,7 @@ def test_what_is_left_of_an_item_is_what_was_announced(name):
     ("values", "words"),
     [
         ({"strategy": "ttf"}, "depends on what is seen"),
+        ({"video": "ttf", "image": {"strategy": "uniform"}}, "depends on what is seen"),
         ({"strategy": "fastv"}, "acts inside the LLM"),
         ({"strategy": "pixelprune"}, "acts in or before the tower"),
         ({"strategy": "cdpruner", "keep_ratio": 0.3}, "reads the question"),
@@ -68,6 +70,32 @@ def test_a_model_without_a_configuration_is_left_as_it_is():
     assert strategy_of(SimpleNamespace()) is None
     with pytest.raises(ConfigError, match="expected a mapping"):
         strategy_of(SimpleNamespace(tokenfuse="ttf"))
+
+
+def test_a_model_that_would_not_read_its_configuration_is_refused():
+    class Runner:
+        model_config = SimpleNamespace(hf_config=config(strategy="ttf", keep_ratio=0.3))
+        is_multimodal_pruning_enabled = False
+
+        def __init__(self, model):
+            self.model = model
+
+        def get_model(self):
+            return self.model
+
+        def load_model(self):
+            return "loaded"
+
+    load = _marked(Runner.load_model)
+    known = Runner(SimpleNamespace(tokenfuse=get_strategy("ttf", keep_ratio=0.3)))
+    assert load(known) == "loaded"
+    assert known.is_multimodal_pruning_enabled
+    with pytest.raises(ConfigError, match="does not know vLLM's SimpleNamespace"):
+        load(Runner(SimpleNamespace()))
+    Runner.model_config = SimpleNamespace(hf_config=SimpleNamespace())
+    plain = Runner(SimpleNamespace(tokenfuse=None))
+    assert load(plain) == "loaded"
+    assert not plain.is_multimodal_pruning_enabled
 
 
 def test_another_number_than_was_announced_is_an_error(monkeypatch):

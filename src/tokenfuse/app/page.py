@@ -132,7 +132,6 @@ def build(model: Any, processor: Any, *, about: str, limits: Limits) -> Any:
                 )
             ]
 
-        @gr.render(inputs=sides)  # type: ignore[misc, untyped-decorator, unused-ignore]
         def forms(*strategies: str) -> None:
             asked: list[tuple[str, list[Field]]] = []
             boxes: list[Any] = []
@@ -173,6 +172,7 @@ def build(model: Any, processor: Any, *, about: str, limits: Limits) -> Any:
                 api_visibility="private",
             )
 
+        gr.render(inputs=sides)(forms)
         run.render()
         note.render()
         table.render()

@@ -31,12 +31,13 @@ class _Item(NamedTuple):
     positions: Tensor
 
 
-def _grid(data: Any, key: str, merge: int) -> Grid:
+def _grid(data: Any, merge: int) -> Grid:
+    """Of the tokens behind the merger, from that of the patches."""
     t, h, w = map(int, data.tolist() if isinstance(data, Tensor) else data)
     return t, h // merge, w // merge
 
 
-class Processor(upstream.Qwen3VLMultiModalProcessor):  # type: ignore[misc, unused-ignore]
+class Processor(upstream.Qwen3VLMultiModalProcessor):
     """Lays out as many tokens for an item as the strategy will leave of it."""
 
     def _get_prompt_updates(
@@ -52,12 +53,12 @@ class Processor(upstream.Qwen3VLMultiModalProcessor):  # type: ignore[misc, unus
         merge = config.vision_config.spatial_merge_size
 
         def image(number: int) -> list[int]:
-            grid = _grid(out_mm_kwargs["image"][number]["image_grid_thw"].data, "image", merge)
+            grid = _grid(out_mm_kwargs["image"][number]["image_grid_thw"].data, merge)
             return [config.image_token_id] * num_kept(strategy, "image", grid)
 
         def video(number: int) -> Any:
             item = out_mm_kwargs["video"][number]
-            grid = _grid(item["video_grid_thw"].data, "video", merge)
+            grid = _grid(item["video_grid_thw"].data, merge)
             left = [num_kept(strategy, "video", grid)] + [0] * (grid[0] - 1)
             return _layout(config, self.info.get_tokenizer(), item["timestamps"].data, left)
 
@@ -82,7 +83,7 @@ def _layout(config: Any, tokenizer: Any, timestamps: Any, per_frame: list[int]) 
     info=upstream.Qwen3VLProcessingInfo,
     dummy_inputs=upstream.Qwen3VLDummyInputsBuilder,
 )
-class Qwen3VL(upstream.Qwen3VLForConditionalGeneration):  # type: ignore[misc, unused-ignore]
+class Qwen3VL(upstream.Qwen3VLForConditionalGeneration):
     """vLLM's model, unchanged unless its configuration names a strategy."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "model") -> None:
@@ -155,7 +156,7 @@ class Qwen3VL(upstream.Qwen3VLForConditionalGeneration):  # type: ignore[misc, u
         return torch.cat([rows, digits.to(rows.dtype)], dim=-1)
 
     def _merged(self, size: Any) -> Grid:
-        return _grid(size, "", self.visual.spatial_merge_size)
+        return _grid(size, self.visual.spatial_merge_size)
 
     def _uncompressed(self, grid: Grid, timestamps: Any) -> _Item:
         """A video of the uncompressed prompt."""

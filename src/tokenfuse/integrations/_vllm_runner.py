@@ -6,31 +6,46 @@ import functools
 from importlib import import_module
 from typing import Any
 
+from tokenfuse.errors import ConfigError
+from tokenfuse.integrations.vllm import KEY, MODELS
+
 RUNNERS = {
     "vllm.v1.worker.gpu_model_runner": "GPUModelRunner",
     "vllm.v1.worker.cpu_model_runner": "CPUModelRunner",
 }
 
 
+_wrapped: set[Any] = set()
+"""The methods that are marked already: vLLM may call a plug-in twice in one process."""
+
+
 def mark_runners() -> None:
-    """Let every runner that loads a model of tokenfuse ask it for positions.
+    """Let every runner that loads a model of tokenfuse ask it for positions, and refuse others.
 
     vLLM does so where its own pruning is on, and never on a CPU.
     """
     for module, name in RUNNERS.items():
         runner = getattr(import_module(module), name)
         # A class inherits: each is marked once, by what it defines itself.
-        if "load_model" in vars(runner) and not hasattr(runner.load_model, "tokenfuse"):
+        if "load_model" in vars(runner) and runner.load_model not in _wrapped:
             runner.load_model = _marked(runner.load_model)
 
 
 def _marked(load_model: Any) -> Any:
+    """Raises ConfigError for a model that would leave its configuration unread."""
+
     @functools.wraps(load_model)
     def load(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = load_model(self, *args, **kwargs)
-        if getattr(self.get_model(), "tokenfuse", None) is not None:
+        model = self.get_model()
+        if getattr(model, "tokenfuse", None) is not None:
             self.is_multimodal_pruning_enabled = True
+        elif getattr(self.model_config.hf_config, KEY, None) is not None:
+            raise ConfigError(
+                f"hf_overrides[{KEY!r}] is given, and tokenfuse does not know vLLM's "
+                f"{type(model).__name__}; expected one of {', '.join(MODELS)}, or no {KEY!r}"
+            )
         return found
 
-    load.tokenfuse = True  # type: ignore[attr-defined]
+    _wrapped.add(load)
     return load

@@ -78,7 +78,10 @@ def strategy_of(hf_config: Any) -> Strategy | None:
         ("text" in strategy.needs, "reads the question, and vLLM caches items without it"),
         ("saliency" in strategy.needs, "reads the tower's attention, which vLLM does not give"),
         (
-            all(_count(strategy, kind, PROBE) is None for kind in ("image", "video")),
+            any(
+                strategy.for_modality(kind) is not None and _count(strategy, kind, PROBE) is None
+                for kind in ("image", "video")
+            ),
             "keeps a number of tokens that depends on what is seen, and vLLM has to know it before",
         ),
     ):

@@ -97,7 +97,9 @@ that without compression, *LLM faster* compression and prefill against the prefi
 is the ratio of the prefill's multiply-adds, so that *of ideal* says what compression itself, and
 all that does not shrink with the prompt, leaves of it. *Peak* is the most memory that tensors of
 compression, prefill and two tokens take, beside weights and inputs. Medians of {result.repeats}
-runs, which took turns, after one to warm up.
+runs, which took turns, after one to warm up. *Faster* is the median of the ratios turn by
+turn, since a machine's speed drifts: it need not be the ratio of the medians beside it, and may
+exceed the ideal.
 
 ```console
 {shell(command)}
