@@ -39,6 +39,7 @@ ROOT = Path(tokenfuse.__file__).parent
 MODULES = ["tokenfuse", *(m.name for m in pkgutil.walk_packages(tokenfuse.__path__, "tokenfuse."))]
 FOR_OTHERS = {
     "tokenfuse.integrations.lmms_eval",
+    "tokenfuse.integrations._vllm_qwen2_5_vl",
     "tokenfuse.integrations._vllm_qwen3_vl",
 }
 """Modules that only those import who have the package that they are for."""

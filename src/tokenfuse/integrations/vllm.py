@@ -1,7 +1,7 @@
 """Strategies inside vLLM, as a general plug-in: ``hf_overrides={"tokenfuse": {"strategy": ...}}``.
 
 vLLM finds ``register`` by the entry-point group ``vllm.general_plugins``. Nothing of vLLM is
-imported before it asks. Its private places are reached by ``_vllm_qwen3_vl`` and ``_vllm_runner``.
+imported before it asks. Its private places are reached by modules that begin with ``_vllm_``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ KEY = "tokenfuse"
 """Of ``hf_overrides``, under which the configuration stands."""
 SUPPORTED = ("0.32.",)
 """Beginnings of the versions of vLLM whose private places are known."""
-MODELS = {"Qwen3VLForConditionalGeneration": "_vllm_qwen3_vl:Qwen3VL"}
+MODELS = {
+    "Qwen2_5_VLForConditionalGeneration": "_vllm_qwen2_5_vl:Qwen25VL",
+    "Qwen3VLForConditionalGeneration": "_vllm_qwen3_vl:Qwen3VL",
+    "Qwen3VLMoeForConditionalGeneration": "_vllm_qwen3_vl:Qwen3VLMoe",
+    "Qwen3_5ForConditionalGeneration": "_vllm_qwen3_vl:Qwen35",
+    "Qwen3_5MoeForConditionalGeneration": "_vllm_qwen3_vl:Qwen35Moe",
+}
+"""Architectures of checkpoints, and the class that answers for each."""
 PROBE: Grid = (4, 6, 6)
 """A grid of which a strategy must know how many tokens it keeps."""
 
