@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tokenfuse.micro import CHECKPOINT
@@ -26,10 +27,15 @@ TOWER = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "norm_topk_prob": True,
+}
 LINEAR = {
     "head_dim": 32,
-    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "layer_types": ["full_attention"] * 4,
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
     "linear_num_key_heads": 2,
@@ -91,17 +97,17 @@ def write(family: str, folder: Path, text: dict | None = None, tower: dict | Non
                 weight.normal_(std=0.1)
     model.save_pretrained(folder)
     _add_processor(folder)
+    if kind == "Qwen3VLMoe":
+        # Checkpoints of this family hold experts transposed; transformers reads both, vLLM these.
+        path = folder / "model.safetensors"
+        weights = load_file(path)
+        experts = {k: v.mT.contiguous() for k, v in weights.items() if ".experts." in k}
+        save_file(weights | experts, path, {"format": "pt"})
     if kind == "Qwen2_5_VL":
         written = AutoProcessor.from_pretrained(CHECKPOINT)
-        keep = (
-            "size",
-            "patch_size",
-            "merge_size",
-            "temporal_patch_size",
-            "image_mean",
-            "image_std",
-        )
-        video = {k: getattr(written.video_processor, k) for k in keep}
+        keep = ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std")
+        video = {name: getattr(written.video_processor, name) for name in keep}
+        video["size"] = written.image_processor.size  # of one frame
         transformers.Qwen2_5_VLProcessor(
             image_processor=written.image_processor,
             tokenizer=written.tokenizer,
