@@ -13,37 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenfuse.integrations._vllm_rows import CARRIED, DIGITS, from_digits, to_digits
+from tokenfuse.integrations._vllm_rows import CARRIED, DIGITS, Item, block, from_digits, to_digits
 from tokenfuse.integrations.vllm import choose, num_kept, strategy_of
 from tokenfuse.tokens import Grid, Modality
-
-
-class Item(NamedTuple):
-    """An item as the uncompressed prompt has it.
-
-    ``ids (L,)``: with text that the family writes among its tokens; ``positions (L, 3)``: time, row
-    and column, the first token at 0; ``frames (L,)``: to which frame each belongs.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    frames: Tensor
-
-    @property
-    def extent(self) -> int:
-        """How far behind its start the text after an item goes on."""
-        return int(self.positions.max()) + 1
-
-
-def inside(grid: Grid) -> Tensor:
-    """Row-major ``(t, row, column)`` of a grid's tokens, ``(N, 3)``."""
-    axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
-    return torch.stack(axes, dim=-1).flatten(0, 2)
 
 
 def merged(size: Any, merge: int) -> Grid:
@@ -168,9 +145,7 @@ class Compressing:
     def _item(self, modality: Modality, grid: Grid, times: Any) -> Item:
         if modality == "video":
             return self.video_item(grid, times)
-        positions = inside(grid)
-        ids = torch.full((len(positions),), visual_id(self.config, "image"))
-        return Item(ids, positions, positions[:, 0])
+        return block(grid, visual_id(self.config, "image"))
 
     def _merged(self, size: Any) -> Grid:
         return merged(size, self.config.vision_config.spatial_merge_size)

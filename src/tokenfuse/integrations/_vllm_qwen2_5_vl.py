@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from vllm.model_executor.models import qwen2_5_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from tokenfuse.integrations._vllm_models import Compressing, Item, Laying, inside, visual_id
+from tokenfuse.integrations._vllm_models import Compressing, Laying
+from tokenfuse.integrations._vllm_rows import Item, block
 from tokenfuse.tokens import Grid
 
 
@@ -27,9 +27,5 @@ class Qwen25VL(Compressing, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
     times = "second_per_grid_ts"
 
     def video_item(self, grid: Grid, times: Any) -> Item:
-        positions = inside(grid)
-        frames = positions[:, 0].clone()
         factor = float(times) * self.config.vision_config.tokens_per_second
-        positions[:, 0] = (frames.double() * factor).long()
-        ids = torch.full((len(positions),), visual_id(self.config, "video"))
-        return Item(ids, positions, frames)
+        return block(grid, self.config.video_token_id, factor)

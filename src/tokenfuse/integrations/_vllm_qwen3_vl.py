@@ -9,8 +9,8 @@ from torch import Tensor
 from vllm.model_executor.models import qwen3_5, qwen3_vl, qwen3_vl_moe
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from tokenfuse.integrations._vllm_models import Compressing, Item, Laying, visual_id
-from tokenfuse.integrations._vllm_rows import with_frames
+from tokenfuse.integrations._vllm_models import Compressing, Laying
+from tokenfuse.integrations._vllm_rows import Item, stamped
 from tokenfuse.tokens import Grid
 
 
@@ -42,12 +42,8 @@ class _Stamped(Compressing):
     def video_item(self, grid: Grid, times: Any) -> Item:
         t, h, w = grid
         ids = torch.tensor(_layout(self.config, self._tokenizer, times, [h * w] * t).full)
-        visual = ids == visual_id(self.config, "video")
-        text = torch.where(visual, -1, torch.cumsum(~visual, 0) - 1)
-        # A marker ends each frame; what stands between two ends is of one frame.
-        ends = ids == self.config.vision_end_token_id
-        frames = torch.cumsum(ends, 0) - ends.long()
-        return Item(ids, with_frames(text[:, None].expand(-1, 3), grid), frames)
+        config = self.config
+        return stamped(ids, grid, config.video_token_id, config.vision_end_token_id)
 
 
 def _registered(info: Any) -> Any:
