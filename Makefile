@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all test-lowest lint docs pages clean help FORCE
+.PHONY: demo test test-all test-lowest test-vllm lint docs pages clean help FORCE
 
 demo: $(VENV)/.installed ## answer a question about a video, with and without compression
 	$(BIN)/tokenfuse run $(ARGS)
@@ -44,6 +44,11 @@ test-lowest: $(VENV)/.installed-$(EXTRAS) ## run the adapters' tests on the olde
 	    --deselect tests/sessions/test_attach.py::test_a_stock_pipeline_gives_the_text_of_compress_and_generate \
 	    $(ARGS)
 
+# vLLM asks for releases of its own.
+VLLM := $(VENV)-vllm
+test-vllm: $(VENV)/.installed-$(EXTRAS) $(VLLM)/.installed ## run the tests of vLLM, in an environment of its own
+	TOKENFUSE_VLLM_PYTHON=$(VLLM)/bin/python $(PYTEST) -rs tests/integrations/test_vllm_parity.py $(ARGS)
+
 lint: $(VENV)/.installed-dev ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -59,7 +64,7 @@ pages: $(VENV)/.installed ## renew what is generated: the schema of presets, and
 	$(BIN)/python -m tokenfuse.bench.models_page docs/results/models.json > docs/reference/models.md
 
 clean: ## remove everything that the other targets create
-	rm -rf .venv build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-vllm build dist site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests examples -type d -name __pycache__ -prune -exec rm -rf {} +
 
 help: ## show this list
@@ -78,6 +83,10 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) $(VENV)/.versions
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) $(VENV)/.versions
 	$(INSTALL) ".[$*]"
 	@touch $@
+
+# Status 3: a package cannot be had here, and the tests are skipped with that reason.
+$(VLLM)/.installed: benchmarks/vllm_environment.py | $(BIN)/python
+	$(BIN)/python $< $(VLLM) && touch $@ || test $$? -eq 3
 
 $(VENV)/.versions: FORCE | $(BIN)/python
 	@echo '$(CONSTRAINTS)' | cmp -s - $@ || echo '$(CONSTRAINTS)' >$@

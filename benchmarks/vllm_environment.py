@@ -3,13 +3,14 @@
     python benchmarks/vllm_environment.py FOLDER
 
 vLLM asks for releases of torch and transformers of its own, so it gets a folder of its own. Exits
-with status 3, and the reason in its last line, where a package cannot be had.
+with status 3, and the reason in its last line, where a package cannot be had; nothing is left then.
 """
 
 from __future__ import annotations
 
 import argparse
 import email
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,7 @@ def main() -> None:
     def must(done: bool, what: str) -> None:
         if not done:
             print(f"{what} cannot be installed here")
+            shutil.rmtree(folder, ignore_errors=True)
             sys.exit(UNAVAILABLE)
 
     must(run(sys.executable, "-m", "venv", "--clear", folder), "a virtual environment")
@@ -72,7 +74,8 @@ def main() -> None:
         found = next(folder.glob("lib/python3*/site-packages/torchvision/_meta_registrations.py"))
         lines = found.read_text().splitlines(keepends=True)
         found.write_text("".join(x for x in lines if "register_fake" not in x or "def " in x))
-    must(run(python, "-c", "import torchvision, vllm, tokenfuse"), "a vLLM that can be imported")
+    if not run(python, "-c", "import torchvision, vllm, tokenfuse"):
+        sys.exit("all is installed and cannot be imported")
 
 
 if __name__ == "__main__":
