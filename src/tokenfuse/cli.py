@@ -5,12 +5,13 @@ Each command checks what it was given before it imports transformers or loads a 
 
 from __future__ import annotations
 
+import enum
 import io
 import json
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from importlib.metadata import version
@@ -26,6 +27,7 @@ import tokenfuse
 from tokenfuse.errors import ConfigError, TokenFuseError
 
 if TYPE_CHECKING:
+    from tokenfuse.inference.engines import Engine
     from tokenfuse.inference.measure import Say
     from tokenfuse.inference.run import VideoQuestion
 
@@ -43,6 +45,15 @@ for _stream in (sys.stdout, sys.stderr):
 
 ENDINGS = (".json", ".md", ".png")
 """Of the files that ``tokenfuse compare --micro --out`` writes."""
+
+
+class EngineName(enum.StrEnum):
+    """What answers a batch."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
+    RAY = "ray"
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -161,7 +172,16 @@ def batch(
     frames: Annotated[int | None, typer.Option(help="Frames to sample, evenly in time.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames to sample per second.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Prompts at once: 1 if left out, 32 in vLLM and Ray.")
+    ] = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="transformers, vLLM on this machine, or Ray on many.")
+    ] = EngineName.TRANSFORMERS,
+    engine_options: Annotated[
+        list[str] | None,
+        typer.Option("--engine-set", help="Option of vLLM's engine: max_model_len=32768"),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows to answer, at most.")] = None,
     shard: Annotated[
         str | None, typer.Option(help="i/n: every n-th row from the i-th on, such as 1/4.")
@@ -179,33 +199,38 @@ def batch(
         if strategy == "none" and given:
             raise ConfigError("--strategy none has no options; expected no --set beside it")
         chosen = None if strategy == "none" else get_configuration(strategy, **given)
+        set_up = _overrides(engine_options or [], "--engine-set", "max_model_len=32768")
+        if set_up and engine is EngineName.TRANSFORMERS:
+            raise ConfigError("--engine-set is of vLLM; expected --engine vllm or ray beside it")
         _quiet()
-        from tokenfuse.inference.batch import (
-            Answers,
-            answer_all,
-            part_of,
-            read_rows,
-            run_key,
-        )
+        from tokenfuse.inference.batch import Answers, answer_all, run_key
+        from tokenfuse.inference.engines import Reader, Transformers
         from tokenfuse.inference.json_lines import alone
+        from tokenfuse.inference.rows import part_of, read_rows
 
+        start: Callable[..., Engine] = Transformers
+        # What another engine computes is another run.
+        key: dict[str, Any] = {"frames": frames, "fps": fps, "max_new_tokens": max_new_tokens}
+        own: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
+        if engine is not EngineName.TRANSFORMERS:
+            from tokenfuse.integrations.ray_engine import Ray
+            from tokenfuse.integrations.vllm_engine import Vllm
+
+            start = Vllm if engine is EngineName.VLLM else Ray
+            key |= {"engine": "vllm", "options": set_up}
+            own["options"] = set_up
         rows = part_of(read_rows(questions), shard, limit)
         source = _source(model)
         with alone(out), _progress() as say:
-            answers = Answers(out)
-            sampled = {"frames": frames, "fps": fps, "max_new_tokens": max_new_tokens}
+            answers, run = Answers(out), run_key(chosen, source, **key)
             if retry:
-                answers.forget_failed(run_key(chosen, source, **sampled))
+                answers.forget_failed(run)
             failed = answer_all(
                 rows,
                 answers,
-                chosen,
-                source=source,
-                folder=questions.parent,
-                frames=frames,
-                fps=fps,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
+                partial(start, source, chosen, max_new_tokens=max_new_tokens, **own),
+                Reader(questions.parent, frames, fps),
+                key=run,
                 say=say,
             )
     _err.print(f"{len(rows) - failed} rows answered, {failed} failed: {out}", soft_wrap=True)
@@ -817,18 +842,20 @@ def schema() -> None:
     print(json.dumps(found, indent=2))
 
 
-def _overrides(options: Sequence[str]) -> dict[str, Any]:
+def _overrides(
+    options: Sequence[str], flag: str = "--set", example: str = "threshold=0.8"
+) -> dict[str, Any]:
     from tokenfuse.config import parse_value
 
     values: dict[str, Any] = {}
     for option in options:
         key, equals, value = option.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"--set {option} is not of the form key=value, as in threshold=0.8")
+            raise ConfigError(f"{flag} {option} is not of the form key=value, as in {example}")
         try:
             values[key.strip()] = parse_value(value)
         except ConfigError as error:
-            raise ConfigError(f"--set {key}: {error}") from None
+            raise ConfigError(f"{flag} {key}: {error}") from None
     return values
 
 

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from typer.testing import CliRunner
 from tokenfuse.cli import app
 from tokenfuse.config import get_configuration
 from tokenfuse.errors import ConfigError
-from tokenfuse.inference import batch
-from tokenfuse.inference.batch import Answers, answer_all, part_of, read_rows, run_key
+from tokenfuse.inference.batch import Answers, answer_all, run_key
+from tokenfuse.inference.engines import Reader, Transformers
 from tokenfuse.inference.json_lines import JsonLines, alone
+from tokenfuse.inference.rows import part_of, read_rows
 from tokenfuse.inference.run import run
 from tokenfuse.micro import CHECKPOINT, SAMPLE
 
@@ -161,33 +163,35 @@ def test_shards_are_all_rows_once(tmp_path):
 def test_a_row_that_the_model_cannot_answer_takes_no_other_with_it(clips, monkeypatch):
     names = [f"r{i}" for i in range(5)]
     path = write(clips, *({"id": n, "video": "good.mp4", "question": n} for n in names))
-    whole = batch._Run._generate
+    whole = Transformers.reply
 
     def scarce(self, part):
         if any(row.id == "r3" for row, _ in part):
             raise torch.OutOfMemoryError("no room")
         return whole(self, part)
 
-    monkeypatch.setattr(batch._Run, "_generate", scarce)
+    monkeypatch.setattr(Transformers, "reply", scarce)
     answers = Answers(clips / "answers.jsonl")
-    kwargs = {"source": CHECKPOINT, "folder": clips, "batch_size": 3}
-    assert answer_all(read_rows(path), answers, get_configuration("ttf"), **kwargs) == 1
+    start = partial(Transformers, CHECKPOINT, get_configuration("ttf"), batch_size=3)
+    assert answer_all(read_rows(path), answers, start, Reader(clips), key="run") == 1
     errors = {row["id"]: row.get("error") for row in answered(answers.path)}
     assert errors == dict.fromkeys(names) | {"r3": "no room"}
 
 
 RUN = """
-import sys, time
+import sys
+from functools import partial
 from pathlib import Path
-from tokenfuse.inference import batch
+from tokenfuse.inference import batch, engines, rows
 
-batch.load = lambda source: (None, None)
-batch.refuse_special_tokens = batch.refuse_images_only = lambda *given: None
-batch._Run._generate = lambda self, part: (["yes"] * len(part), [9] * len(part), [5] * len(part))
+engines.load = lambda source: (None, None)
+engines.refuse_special_tokens = engines.refuse_images_only = lambda *given: None
+engines.Transformers.reply = lambda self, part: [engines.Reply("yes", None, 2, 9, 5)] * len(part)
 file, out = map(Path, sys.argv[1:])
 print("ready", flush=True)
-batch.answer_all(batch.read_rows(file), batch.Answers(out), None, source="m", folder=file.parent,
-                 batch_size=2)
+start = partial(engines.Transformers, "m", None, batch_size=2)
+reader = engines.Reader(file.parent)
+batch.answer_all(rows.read_rows(file), batch.Answers(out), start, reader, key="run")
 """
 """A run without a model: what it writes is what matters."""
 
@@ -223,8 +227,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop()),) * 2)
 from tokenfuse.cli import app
 """
 FULL += (
-    RUN[: RUN.index("batch.answer_all")]
-    + "app(['batch', *map(str, (file, out)), '--strategy', 'none'])"
+    RUN[: RUN.index("start = ")] + "app(['batch', *map(str, (file, out)), '--strategy', 'none'])"
 )
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tokenfuse.errors import PromptError, UnsupportedModelError, VideoError
 from tokenfuse.inference.video import Video
 from tokenfuse.prompt.inputs import PIXELS
@@ -30,11 +33,29 @@ def batch_inputs(processor: Any, videos: Sequence[Video], questions: Sequence[st
     """
     for question in questions:
         refuse_special_tokens(processor, question)
-    conversations = [
-        [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
-        for _, question in zip(videos, questions, strict=True)
-    ]
-    return _inputs(processor, conversations, videos)
+    pairs = zip(videos, questions, strict=True)
+    return _inputs(processor, [video_question(question) for _, question in pairs], videos)
+
+
+def video_question(question: str) -> Messages:
+    """The conversation in which one video is shown and one question asked."""
+    return [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
+
+
+def shown_frames(processor: Any, video: Video) -> tuple[NDArray[np.uint8], dict[str, Any]]:
+    """The frames ``(T, H, W, 3)`` that a processor is shown of a video, and their metadata.
+
+    Raises UnsupportedModelError where the processor takes no video.
+    """
+    refuse_images_only(processor)
+    least = getattr(processor.video_processor, "temporal_patch_size", 1)
+    frames, indices = video.frames, video.processor_indices()
+    if len(frames) < least:
+        # A tower that reads frames in pairs sees a single frame twice, as it does an image.
+        frames = frames.repeat(least, axis=0)[:least]
+        indices = (indices * least)[:least]
+    about = {"total_num_frames": video.total_frames, "fps": video.fps, "frames_indices": indices}
+    return frames, about
 
 
 def conversation_inputs(processor: Any, messages: Messages, videos: Sequence[Video]) -> Any:
@@ -49,21 +70,9 @@ def _inputs(processor: Any, conversations: Sequence[Messages], videos: Sequence[
     """Inputs for conversations whose videos are given one after the other."""
     from transformers.video_utils import VideoMetadata
 
-    refuse_images_only(processor)
-    least = getattr(processor.video_processor, "temporal_patch_size", 1)
-    frames, metadata = [], []
-    for video in videos:
-        shown, indices = video.frames, video.processor_indices()
-        if len(shown) < least:
-            # A tower that reads frames in pairs sees a single frame twice, as it does an image.
-            shown = shown.repeat(least, axis=0)[:least]
-            indices = (indices * least)[:least]
-        frames.append(shown)
-        metadata.append(
-            VideoMetadata(
-                total_num_frames=video.total_frames, fps=video.fps, frames_indices=indices
-            )
-        )
+    shown = [shown_frames(processor, video) for video in videos]
+    frames = [frames for frames, _ in shown]
+    metadata = [VideoMetadata(**about) for _, about in shown]
     text = processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
     # Answers follow their prompts, and many tokenizers pad as for training.
     padding = {"padding": True, "padding_side": "left"} if len(conversations) > 1 else {}
