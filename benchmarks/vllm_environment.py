@@ -64,7 +64,7 @@ def main() -> None:
         if not small:
             must(pip("install", "--quiet", TORCH), TORCH)
             must(pip("install", "--quiet", "--no-deps", TORCHVISION), TORCHVISION)
-        ours = ("av", "filelock", "jaxtyping", "pluggy", "rich", "typer")
+        ours = ("av", "filelock", "jaxtyping", "pluggy", "ray[data]", "rich", "typer")
         must(pip("install", "--quiet", *requirements(wheel), *ours), f"what {VLLM} asks for")
         must(pip("install", "--quiet", "--no-deps", wheel), VLLM)
     here = Path(__file__).parents[1]

@@ -1,5 +1,6 @@
 """vLLM itself with the plug-in, against transformers: ``make test-vllm``."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tokenfuse.micro import SAMPLE
+
 PYTHON = os.environ.get("TOKENFUSE_VLLM_PYTHON", "")
+ENGINE = ("enforce_eager=true", "dtype=float32", "gpu_memory_utilization=0.4", "max_model_len=220")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 pytestmark = [
@@ -46,3 +50,32 @@ def test_what_cannot_work_is_refused_when_the_engine_starts(strategy, words):
     done = vllm("-c", start)
     assert done.returncode != 0
     assert words in done.stderr
+
+
+@pytest.mark.parametrize("engine", ["vllm", "ray"])
+def test_a_batch_is_answered_as_transformers_answers_it(engine, tmp_path):
+    (tmp_path / "good.mp4").write_bytes(SAMPLE.read_bytes())
+    (tmp_path / "cut.mp4").write_bytes(SAMPLE.read_bytes()[:3000])
+    asked = {"color": ("good.mp4", "What color is the moving object?")}
+    asked |= {"shape": ("good.mp4", "What shape is the moving object?")}
+    asked |= {"cut": ("cut.mp4", "What?"), "long": ("good.mp4", "What? " * 60)}
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"id": name, "video": video, "question": q} for name, (video, q) in asked.items()]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def answer(python, *more):
+        out = tmp_path / f"{len(more)}.jsonl"
+        command = ["-m", "tokenfuse", "batch", str(questions), str(out), "--set", "keep_ratio=0.33"]
+        env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+        command = [python, *command, "--max-new-tokens", "8", *more]
+        with (tmp_path / "log").open("w") as log:
+            done = subprocess.run(command, stdout=log, stderr=log, timeout=300, env=env)
+        assert done.returncode == 1, (tmp_path / "log").read_text()
+        return {x["id"]: x for x in map(json.loads, out.read_text().splitlines())}
+
+    theirs = answer(sys.executable)
+    mine = answer(PYTHON, "--engine", engine, *(x for o in ENGINE for x in ("--engine-set", o)))
+    for name in ("color", "shape"):
+        assert mine[name] | {"run": ""} == theirs[name] | {"run": ""}
+    assert mine["cut"]["error"] == theirs["cut"]["error"]
+    assert "longer than the maximum model length" in mine["long"]["error"]

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -77,7 +77,7 @@ class Engine(Protocol):
 class Batched(ABC):
     """An engine that answers some rows at once, and each alone where they fail together."""
 
-    row_fails: ClassVar[tuple[type[BaseException], ...]] = (TokenFuseError, MemoryError)
+    row_fails: tuple[type[BaseException], ...] = (TokenFuseError, MemoryError)
     """What one row may be to blame for. What fits no row is refused before the first."""
 
     def __init__(self, batch_size: int) -> None:

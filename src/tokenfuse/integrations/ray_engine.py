@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from tokenfuse.config import Configuration
-from tokenfuse.errors import ConfigError, TokenFuseError
+from tokenfuse.errors import ConfigError, TokenFuseError, UnsupportedModelError
 from tokenfuse.inference.engines import Reader, Reply, failed
 from tokenfuse.inference.inputs import refuse_special_tokens
 from tokenfuse.inference.rows import Row
@@ -51,12 +52,14 @@ class Ray:
             from ray.data.llm import vLLMEngineProcessorConfig
         except ImportError as error:
             raise ConfigError(
-                f'Ray cannot be imported ({error}); expected pip install "ray[data,llm]"'
+                f"Ray cannot be imported ({error}); expected it to be installed: "
+                'pip install "ray[data,llm]"'
             ) from error
         self.source, self.processor = str(source), load_processor(source)
         self.compressed = configuration is not None
         self.sampling = sampling_options(source, max_new_tokens)
         ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         each = made.get("tensor_parallel_size", 1) * made.get("pipeline_parallel_size", 1)
         gpus = int(ray.cluster_resources().get("GPU", 0))
         self.config = vLLMEngineProcessorConfig(
@@ -67,6 +70,7 @@ class Ray:
             # Where no machine has a GPU, engines wait for none.
             placement_group_config=None if gpus else {"bundles": [{"CPU": 1}]},
             should_continue_on_error=True,
+            log_engine_metrics=False,  # would need Ray Serve, too
             **{f"{stage}_stage": False for stage in _OWN_STAGES},
         )
 
@@ -83,15 +87,18 @@ class Ray:
             postprocess=partial(_reply, source=self.source, compressed=self.compressed),
         )
         left = dict(enumerate(rows))
-        for found in process(asked.flat_map(make)).iter_rows():
-            row = left.pop(found[NUMBER], None)
-            # What has failed in vLLM comes back with its reason and nothing else.
-            if row is None:
-                continue
-            values = {name: found.get(name) for name in Reply._fields}
-            if error := found.get("__inference_error__"):
-                values = {"error": str(error)}
-            yield row, Reply(**values)
+        try:
+            for found in process(asked.flat_map(make)).iter_rows():
+                values = {name: found.get(name) for name in Reply._fields}
+                if error := found.get("__inference_error__"):
+                    values = {"error": str(error)}
+                yield left.pop(found[NUMBER]), Reply(**values)
+        except ray.exceptions.RayError as error:
+            why = str(error).strip().splitlines()[-1]
+            raise UnsupportedModelError(
+                f"an engine of vLLM has ended in Ray: {why}; expected a model, options and a "
+                "strategy that --engine vllm takes, too"
+            ) from error
         # What could not be read was left out where it was, and is here, too.
         for row in left.values():
             try:

@@ -91,8 +91,6 @@ class Vllm(Batched):
     and UnsupportedModelError where it cannot load the model.
     """
 
-    row_fails = (*Batched.row_fails, ValueError)
-
     def __init__(
         self,
         source: str | Path,
@@ -107,11 +105,13 @@ class Vllm(Batched):
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         try:
             from vllm import LLM, SamplingParams
+            from vllm.exceptions import VLLMClientError
         except ImportError as error:
             raise ConfigError(
-                f'vLLM cannot be imported ({error}); expected pip install "tokenfuse[vllm]" in an '
-                "environment of its own"
+                f"vLLM cannot be imported ({error}); expected it to be installed: "
+                'pip install ".[vllm]" in a checkout of tokenfuse'
             ) from error
+        self.row_fails = (*Batched.row_fails, ValueError, VLLMClientError)
         self.configuration = configuration
         self.processor = load_processor(source)
         try:
