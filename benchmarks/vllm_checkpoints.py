@@ -75,8 +75,14 @@ def write_micro(folder: Path) -> None:
     _add_processor(folder)
 
 
-def write(family: str, folder: Path, text: dict | None = None, tower: dict | None = None) -> None:
-    """Write a checkpoint with random weights into a folder."""
+def write(
+    family: str,
+    folder: Path,
+    text: dict | None = None,
+    tower: dict | None = None,
+    processor: dict | None = None,
+) -> None:
+    """Write a checkpoint with random weights into a folder; the rest is changed in its parts."""
     kind, own, vision = FAMILIES[family]
     micro = json.loads((CHECKPOINT / "config.json").read_text())
     theirs = {k: v for k, v in micro["text_config"].items() if k != "model_type"}
@@ -97,6 +103,11 @@ def write(family: str, folder: Path, text: dict | None = None, tower: dict | Non
                 weight.normal_(std=0.1)
     model.save_pretrained(folder)
     _add_processor(folder)
+    if processor is not None:
+        path = folder / "processor_config.json"
+        whole = json.loads(path.read_text())
+        changed = {part: whole[part] | more for part, more in processor.items()}
+        path.write_text(json.dumps(whole | changed))
     if kind == "Qwen3VLMoe":
         # Checkpoints of this family hold experts transposed; transformers reads both, vLLM these.
         path = folder / "model.safetensors"
