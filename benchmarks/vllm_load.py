@@ -4,9 +4,9 @@
     python benchmarks/vllm_load.py --vllm-python OTHER/bin/python
 
 A random Qwen3-VL, as large as two cores carry, in bf16; ``vllm bench serve`` asks it on loopback,
-at several numbers of requests at once. Writes docs/results/vllm-load.md and .json. With ``--model`` a
-checkpoint is served as it is, on whatever vLLM finds: on a GPU with a real one, that is the command
-to run; it writes where ``--out`` says.
+at several numbers of requests at once. Writes docs/results/vllm-load.md and .json. With ``--model``
+a checkpoint is served as it is, on whatever vLLM finds: on a GPU with a real one, that is the
+command to run; it writes where ``--out`` says.
 """
 
 from __future__ import annotations
@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="A .md; a .json is written beside it.")
     given = parser.parse_args()
+    given.vllm_python = str(Path(given.vllm_python).absolute())
     own, numbers = given.model is None, [int(x) for x in given.at_once.split(",")]
     docs = Path(__file__).parents[1] / "docs" / "results"
     out = given.out or docs / "vllm-load.md"
