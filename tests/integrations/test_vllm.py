@@ -90,7 +90,7 @@ def test_a_model_that_would_not_read_its_configuration_is_refused():
     known = Runner(SimpleNamespace(tokenfuse=get_strategy("ttf", keep_ratio=0.3)))
     assert load(known) == "loaded"
     assert known.is_multimodal_pruning_enabled
-    with pytest.raises(ConfigError, match="does not know vLLM's SimpleNamespace"):
+    with pytest.raises(ConfigError, match="does not know this vLLM's SimpleNamespace"):
         load(Runner(SimpleNamespace()))
     Runner.model_config = SimpleNamespace(hf_config=SimpleNamespace())
     plain = Runner(SimpleNamespace(tokenfuse=None))

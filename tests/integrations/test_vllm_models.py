@@ -49,8 +49,9 @@ class Upstream:
     """As much of a model of vLLM as ours asks for."""
 
     def __init__(self, *, vllm_config: Any, prefix: str) -> None:
-        self.config = vllm_config
-        self.is_multimodal_pruning_enabled = False
+        self.config = vllm_config.model_config.hf_config
+        rate = vllm_config.model_config.multimodal_config.video_pruning_rate
+        self.is_multimodal_pruning_enabled = bool(rate)
 
     def get_language_model(self):
         rows = torch.nn.functional.embedding
@@ -97,8 +98,13 @@ def engine(name, strategy):
         video_token_id=VIDEO,
         vision_config=SimpleNamespace(spatial_merge_size=MERGE),
     )
-    model = KINDS[name](vllm_config=config)
-    model.tokenfuse = strategy
+    if strategy is not None:
+        config.tokenfuse = {"strategy": "uniform", "keep_ratio": 0.4}
+    rates = SimpleNamespace(video_pruning_rate=None)
+    whole = SimpleNamespace(hf_config=config, multimodal_config=rates)
+    model = KINDS[name](vllm_config=SimpleNamespace(model_config=whole))
+    assert model.is_multimodal_pruning_enabled == (strategy is not None)
+    model.tokenfuse = strategy  # which no configuration may name
     return model
 
 
@@ -143,8 +149,11 @@ def ask(model, inputs, dtype):
     return prompt, features, embeds, places
 
 
-def read(model, prompt, features, embeds, places, ends):
-    """Positions and rows of the prompt, read in parts that end at ``ends``, and the delta."""
+def read(model, prompt, features, embeds, places, ends, new):
+    """Positions and rows of the prompt, read in parts that end at ``ends``, and the delta.
+
+    ``new``: as the new runner of GPUs does it, which asks only where rows are read.
+    """
     positions, delta = model.get_mrope_input_positions(prompt, features)
     first, found, rows = 0, [], []
     for end in [*ends, len(prompt)]:
@@ -155,8 +164,10 @@ def read(model, prompt, features, embeds, places, ends):
             for rows_of, (start, stop) in zip(embeds, places, strict=True)
             if start < end and stop > first
         ]
-        given = list(parts)
-        parts, positions, delta = model.recompute_mrope_positions(prompt, given, positions, first)
+        if parts or not new:
+            ids = torch.tensor(prompt) if new else prompt
+            read = model.recompute_mrope_positions(ids, list(parts), positions, first)
+            parts, positions, delta = read
         found.append(positions[:, first:end])
         rows.extend(parts)
         first = end
@@ -200,7 +211,8 @@ def assert_equal(name, model, strategy, inputs, dtype, data):
     prompt, features, embeds, places = ask(mine, inputs, dtype)
     assert len(prompt) == short["input_ids"].shape[1]
     ends = sorted(data.draw(st.lists(st.integers(0, len(prompt)), max_size=4)))
-    positions, rows, delta = read(mine, prompt, features, embeds, places, ends)
+    new = data.draw(st.booleans())
+    positions, rows, delta = read(mine, prompt, features, embeds, places, ends, new)
     expected = short["position_ids"][-3:, 0]
     assert torch.equal(positions, expected)
     assert delta == int(expected.max()) + 1 - len(prompt)
@@ -218,7 +230,6 @@ def assert_equal(name, model, strategy, inputs, dtype, data):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_model_without_a_configuration_asks_vllm(name):
     mine = engine(name, None)
-    assert not mine.is_multimodal_pruning_enabled
     for call in (
         lambda: mine._postprocess_image_embeds_evs([], {}),
         lambda: mine._postprocess_video_embeds_evs([], {}),

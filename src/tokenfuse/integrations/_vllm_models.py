@@ -22,6 +22,9 @@ from tokenfuse.integrations._vllm_rows import CARRIED, DIGITS, Item, block, from
 from tokenfuse.integrations.vllm import choose, num_kept, strategy_of
 from tokenfuse.tokens import Grid, Modality
 
+PRUNED = 0.5
+"""What stands for vLLM's own rate of pruning: that it is above 0 is all that is read of it here."""
+
 
 def merged(size: Any, merge: int) -> Grid:
     """The grid of the tokens behind the merger, from that of the patches."""
@@ -85,11 +88,14 @@ class Compressing:
         raise NotImplementedError
 
     def __init__(self, *, vllm_config: Any, prefix: str = "model") -> None:
+        strategy = strategy_of(vllm_config.model_config.hf_config)
+        if strategy is not None:
+            # Runners then ask for positions, and the table of rotations reaches those of tokens
+            # that are gone: a prompt's last position may lie behind its length.
+            vllm_config.model_config.multimodal_config.video_pruning_rate = PRUNED
         upstream: Any = super()
         upstream.__init__(vllm_config=vllm_config, prefix=prefix)
-        self.tokenfuse = strategy_of(self.config)
-        if self.tokenfuse is not None:
-            self.is_multimodal_pruning_enabled = True
+        self.tokenfuse = strategy
 
     def _postprocess_image_embeds_evs(self, embeds: Any, inputs: Any) -> tuple[Tensor, ...]:
         if self.tokenfuse is None:

