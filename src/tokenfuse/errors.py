@@ -64,6 +64,10 @@ class AttachError(TokenFuseError, RuntimeError):
     """A model is attached already, or a session is not attached."""
 
 
+class EngineError(TokenFuseError, RuntimeError):
+    """What answers a batch cannot be started, or has ended; the run can be resumed."""
+
+
 class VideoError(TokenFuseError, ValueError):
     """A file cannot be read as a video."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenfuse.config import Configuration
-from tokenfuse.errors import ConfigError, TokenFuseError, UnsupportedModelError
+from tokenfuse.errors import ConfigError, EngineError, TokenFuseError
 from tokenfuse.inference.engines import Reader, Reply, failed
 from tokenfuse.inference.inputs import refuse_special_tokens
 from tokenfuse.inference.rows import Row
@@ -75,7 +75,10 @@ class Ray:
         )
 
     def answers(self, rows: Sequence[Row], reader: Reader) -> Iterator[tuple[Row, Reply]]:
-        """Yield each row with what became of it, as the cluster answers them."""
+        """Yield each row with what became of it, as the cluster answers them.
+
+        Raises EngineError where an engine cannot be started or ends for good.
+        """
         import ray
         from ray.data.llm import build_processor
 
@@ -95,9 +98,9 @@ class Ray:
                 yield left.pop(found[NUMBER]), Reply(**values)
         except ray.exceptions.RayError as error:
             why = str(error).strip().splitlines()[-1]
-            raise UnsupportedModelError(
-                f"an engine of vLLM has ended in Ray: {why}; expected a model, options and a "
-                "strategy that --engine vllm takes, too"
+            raise EngineError(
+                f"an engine of vLLM has ended in Ray: {why}; what is answered is written: run again "
+                "to go on, with a model and options that --engine vllm takes, too"
             ) from error
         # What could not be read was left out where it was, and is here, too.
         for row in left.values():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from tokenfuse.config import Configuration
-from tokenfuse.errors import ConfigError, PromptError, UnsupportedModelError
-from tokenfuse.inference.engines import Asked, Batched, Reply
+from tokenfuse.errors import ConfigError, EngineError, PromptError
+from tokenfuse.inference.engines import Asked, Batched, Reader, Reply
 from tokenfuse.inference.inputs import (
     refuse_images_only,
     refuse_special_tokens,
@@ -88,7 +88,8 @@ class Vllm(Batched):
     """Answers by vLLM on this machine. ``options``: of ``vllm.LLM``.
 
     Raises ConfigError where vLLM is not installed, refuses an option or cannot have the strategy,
-    and UnsupportedModelError where it cannot load the model.
+    UnsupportedModelError where the processor cannot be loaded or takes no video, and EngineError
+    where vLLM cannot be started.
     """
 
     def __init__(
@@ -119,8 +120,23 @@ class Vllm(Batched):
         except TypeError as error:
             raise ConfigError(f"vLLM does not take these options: {error}") from error
         except (ValueError, RuntimeError) as error:
-            raise UnsupportedModelError(f"vLLM cannot load {source}: {error}") from error
+            raise EngineError(
+                f"vLLM cannot be started with {source}: {error}; expected a model and options that "
+                "it takes: what it has written above says more"
+            ) from error
         self.sampling = SamplingParams(**sampling_options(source, max_new_tokens))
+
+    def answers(self, rows: Sequence[Row], reader: Reader) -> Iterator[tuple[Row, Reply]]:
+        """Yield each row with what became of it. Raises EngineError where vLLM ends meanwhile."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            yield from super().answers(rows, reader)
+        except EngineDeadError as error:
+            raise EngineError(
+                "vLLM's engine has ended, as it does where memory is short; what is answered is "
+                "written: run again to go on, with a smaller gpu_memory_utilization"
+            ) from error
 
     def check(self, row: Row) -> None:
         refuse_special_tokens(self.processor, row.text)
