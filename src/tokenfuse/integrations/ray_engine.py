@@ -99,8 +99,8 @@ class Ray:
         except ray.exceptions.RayError as error:
             why = str(error).strip().splitlines()[-1]
             raise EngineError(
-                f"an engine of vLLM has ended in Ray: {why}; what is answered is written: run again "
-                "to go on, with a model and options that --engine vllm takes, too"
+                f"an engine of vLLM has ended in Ray: {why}; what is answered is written: run "
+                "again to go on, with a model and options that --engine vllm takes, too"
             ) from error
         # What could not be read was left out where it was, and is here, too.
         for row in left.values():
