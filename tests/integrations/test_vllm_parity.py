@@ -1,9 +1,7 @@
 """vLLM itself with the plug-in, against transformers: ``make test-vllm``."""
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -84,39 +82,29 @@ def test_a_batch_is_answered_as_transformers_answers_it(engine, tmp_path):
     assert "longer than the maximum model length" in mine["long"]["error"]
 
 
-def test_a_batch_whose_engine_is_killed_again_and_again_answers_every_row_once(
-    tmp_path, pytestconfig
-):
+def test_a_batch_that_is_killed_again_and_again_answers_every_row_once(tmp_path, pytestconfig):
     (tmp_path / "good.mp4").write_bytes(SAMPLE.read_bytes())
     questions, out = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
-    rows = [
-        {"id": f"r{n}", "video": "good.mp4", "question": f"What color is it? {n}"}
-        for n in range(24)
-    ]
+    asked = {f"r{n}": f"What color is it? {n}" for n in range(40)}
+    rows = [{"id": name, "video": "good.mp4", "question": asked[name]} for name in asked]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [PYTHON, "-m", "tokenfuse", "batch", str(questions), str(out)]
     command += ["--set", "keep_ratio=0.33", "--max-new-tokens", "8", "--batch-size", "1"]
     command += ["--engine", "vllm", *(x for o in ENGINE for x in ("--engine-set", o))]
     env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    for turn in range(10 if pytestconfig.getoption("full") else 1):
-        with (tmp_path / "log").open("w+") as log:
+    for _ in range(10 if pytestconfig.getoption("full") else 1):
+        with (tmp_path / "log").open("w") as log:
             child = subprocess.Popen(command, stdout=log, stderr=log, env=env)
             before = len(lines(out))
-            while len(lines(out)) < before + 1 + turn % 2 and child.poll() is None:
+            while len(lines(out)) < before + 2 and child.poll() is None:
                 time.sleep(0.01)
-            for process in Path("/proc").glob("[0-9]*"):
-                about = process / "cmdline"
-                with contextlib.suppress(OSError):
-                    if b"VLLM::EngineCore" in about.read_bytes():
-                        os.kill(int(process.name), signal.SIGKILL)
-            assert child.wait(120) in (0, 2)
-            said = (tmp_path / "log").read_text()
-            assert child.returncode == 0 or "vLLM's engine has ended" in said
-            assert "Traceback" not in said or "EngineDeadError" in said
+            child.kill()
+            child.wait(60)
+    assert 0 < len(lines(out)) < len(rows)
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in lines(out)]
-    assert sorted(x["id"] for x in found) == sorted(row["id"] for row in rows)
+    assert sorted(x["id"] for x in found) == sorted(asked)
     assert all("answer" in x for x in found)
 
 

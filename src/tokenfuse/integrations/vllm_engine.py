@@ -104,6 +104,8 @@ class Vllm(Batched):
         super().__init__(batch_size)
         made = engine_options(configuration, options or {})
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        # One that is killed in a process of its own is waited for without end.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
             from vllm import LLM, SamplingParams
             from vllm.exceptions import VLLMClientError
@@ -128,14 +130,13 @@ class Vllm(Batched):
 
     def answers(self, rows: Sequence[Row], reader: Reader) -> Iterator[tuple[Row, Reply]]:
         """Yield each row with what became of it. Raises EngineError where vLLM ends meanwhile."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         try:
             yield from super().answers(rows, reader)
-        except EngineDeadError as error:
+        except RuntimeError as error:  # which no row is to blame for, such as of a GPU
             raise EngineError(
-                "vLLM's engine has ended, as it does where memory is short; what is answered is "
-                "written: run again to go on, with a smaller gpu_memory_utilization"
+                f"vLLM's engine has ended: {str(error).strip() or type(error).__name__}; what is "
+                "answered is written: run again to go on, with a smaller gpu_memory_utilization "
+                "where memory was short"
             ) from error
 
     def check(self, row: Row) -> None:
