@@ -10,6 +10,7 @@ TokenFuseError
 ├── UnsupportedModelError (TypeError) no adapter matches the model, or the adapter lacks something
 ├── TooLargeError (MemoryError)       what is asked for does not fit in memory
 ├── AttachError (RuntimeError)        a model is attached already, or a session is not attached
+├── EngineError (RuntimeError)        what answers a batch cannot be started, or has ended
 └── VideoError (ValueError)           a file cannot be read as a video
 
 A message names what was given, what was expected and how to mend it.
