@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ class Ray:
                 'pip install "ray[data,llm]"'
             ) from error
         self.source, self.processor = str(source), load_processor(source)
+        if Path(source).exists():
+            self.source = str(Path(source).absolute())
         self.compressed = configuration is not None
         self.sampling = sampling_options(source, max_new_tokens)
         ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
@@ -63,7 +66,7 @@ class Ray:
         each = made.get("tensor_parallel_size", 1) * made.get("pipeline_parallel_size", 1)
         gpus = int(ray.cluster_resources().get("GPU", 0))
         self.config = vLLMEngineProcessorConfig(
-            model_source=str(source),
+            model_source=self.source,
             engine_kwargs=made,
             batch_size=batch_size,
             concurrency=max(1, gpus // each),
@@ -84,7 +87,9 @@ class Ray:
 
         ray.data.DataContext.get_current().enable_progress_bars = False
         asked = ray.data.from_items([{NUMBER: number} for number in range(len(rows))])
-        make = partial(_asked, rows=rows, reader=reader, source=self.source, sampling=self.sampling)
+        # A worker stands in a folder of its own.
+        there = replace(reader, folder=reader.folder.absolute())
+        make = partial(_asked, rows=rows, reader=there, source=self.source, sampling=self.sampling)
         process = build_processor(
             self.config,
             postprocess=partial(_reply, source=self.source, compressed=self.compressed),
